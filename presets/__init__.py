@@ -1,0 +1,1 @@
+"""Presets of models, hardware and demo prompts, as TOML."""

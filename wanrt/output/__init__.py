@@ -1,0 +1,1 @@
+"""Frames to NV12 to encoder to file or stream."""

@@ -1,0 +1,1 @@
+"""The live panel, and its plain-line and JSON forms."""

@@ -1,0 +1,1 @@
+"""Topologies, process groups, and the sharding that is applied to a model from outside."""

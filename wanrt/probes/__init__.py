@@ -1,0 +1,1 @@
+"""Experiments that explain the parts of a model."""

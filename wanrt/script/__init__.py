@@ -1,0 +1,1 @@
+"""prompt.toml and presets: schema, timeline, and what each chunk is conditioned on."""

@@ -1,0 +1,1 @@
+"""Spans, bubbles, stats and trace export."""

@@ -1,0 +1,1 @@
+"""wan-tiny, the embedded model: its world, its trainers and its weights."""

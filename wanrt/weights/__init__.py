@@ -1,0 +1,1 @@
+"""Find, pull, check, convert, slice and load checkpoints."""
