@@ -1,0 +1,64 @@
+"""What stage 0 and the mesh say to each other: one envelope down for each chunk, three latents up.
+
+Tensors of an envelope live on the sender's device and are never written again after sending. In one process
+they are passed by reference; across processes the transport copies them. Shapes: B streams (1), h = H/8, w =
+W/8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Control:
+    """Settings that hold from this chunk on."""
+
+    bias: float = 1.0  # b of the KV attention bias log(b), in (0, 1]; 1 is off
+
+
+@dataclass(frozen=True)
+class ChunkRequest:
+    """Down: everything the mesh needs to start chunk number `chunk`."""
+
+    chunk: int
+    anchor: torch.Tensor | None = (
+        None  # [B, 16, 1, h, w] float32, normalised latents; None when the plan has no anchor
+    )
+    embedding: torch.Tensor | None = None  # [B, L, text_dim]; None when the prompt is the chunk before's
+    control: Control | None = None  # None when nothing changed
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """Up: a finished chunk."""
+
+    chunk: int
+    latents: torch.Tensor  # [B, 16, 3, h, w] float32, normalised latents
+    finite: (
+        torch.Tensor
+    )  # 0-dim bool on the latents' device: no NaN, no Inf. Read it when reading cannot stall.
+
+
+class MeshHandle(Protocol):
+    """Stage 0's end of the line to a mesh, wherever it runs: this process, or ranks of a process group.
+
+    Call order: `submit(0)`, `receive() -> 0`, `submit(1)`, `receive() -> 1`, ...; at most one chunk under
+    way.
+    """
+
+    def submit(self, request: ChunkRequest) -> None:
+        """Hands a request over; returns before the chunk is made. Raises `RunError` when the mesh is gone."""
+        ...
+
+    def receive(self) -> ChunkResult:
+        """The result of the request under way, waiting for it. Raises `RunError` with the rank that failed."""
+        ...
+
+    def close(self) -> None:
+        """Ends the mesh; safe to call twice."""
+        ...
