@@ -16,7 +16,7 @@ ENCODING = [AnchorPolicy.DECODE_ALL, AnchorPolicy.OVERLAP, AnchorPolicy.ANCHOR_O
 
 
 class PublicServer:
-    """The public servers' bookkeeping, with labels instead of tensors: everything kept, frames in one deque."""
+    """The public servers' bookkeeping, with labels instead of tensors; nothing is dropped."""
 
     def __init__(self, window):
         self.window, self.latents, self.pixels = window, [], []

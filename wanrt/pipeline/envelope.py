@@ -56,7 +56,7 @@ class MeshHandle(Protocol):
         ...
 
     def receive(self) -> ChunkResult:
-        """The result of the request under way, waiting for it. Raises `RunError` with the rank that failed."""
+        """Waits for the result of the request under way. Raises `RunError` with the rank that failed."""
         ...
 
     def close(self) -> None:

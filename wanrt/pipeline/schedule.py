@@ -63,7 +63,7 @@ class Schedule:
         steps = tuple(float(t) for t in timesteps)
         if not steps or steps[0] > TRAIN_STEPS or steps[-1] < 0 or any(a <= b for a, b in pairwise(steps)):
             raise UsageError(
-                f"steps {list(steps)}: expected falling timesteps within 1000..0, e.g. 1000, 937.5, 833.3, 625"
+                f"steps {list(steps)}: expected falling timesteps within 1000..0, e.g. 1000, 937.5, 625"
             )
         if shift <= 0:
             raise UsageError(f"shift {shift}: expected a number above 0, e.g. 5")
