@@ -1,0 +1,22 @@
+"""What every test needs before anything is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # read when triton is first imported: kernels then run, slowly, on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs devices that are not there."""
+    import pytest
+
+    for marker, devices in (("gpu", 1), ("multigpu", 2)):
+        missing = pytest.mark.skip(
+            reason=f"needs {devices} CUDA device(s), found {torch.cuda.device_count()}"
+        )
+        for item in items:
+            if item.get_closest_marker(marker) and torch.cuda.device_count() < devices:
+                item.add_marker(missing)
