@@ -1,0 +1,528 @@
+"""The causal Wan2.1 video transformer: context, denoising and commit passes over an explicit KV cache.
+
+Parameter names are those of the original Wan2.1 checkpoints. The module holds weights only: what a stream
+remembers lives in `KVCache` (self-attention) and `TextKV` (cross-attention), so streams can share one set
+of weights.
+
+Shapes: B batch, F latent frames, T tokens (F * rows * columns, frame-major), C dim, H heads, D head_dim.
+
+Precision: matrix products run in the dtype of the weights. Time embedding, modulation, norms, rotary
+positions, gated residual additions and the output head are computed in fp32, as Wan-Video/Wan2.1
+`wan/modules/model.py` at 9737cba does; the residual stream itself is kept in the dtype of the weights, as
+diffusers' WanTransformer3DModel does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wanrt.models.attention import AttentionBackend, KeyBias, attend
+from wanrt.models.kv_cache import CacheLayer, CachePolicy, CallOrderError, KVCache, Pass, PassPlan
+from wanrt.models.rope import RopeTable, rotate
+
+__all__ = [
+    "WAN_1_3B",
+    "WAN_14B",
+    "CachePolicy",
+    "CallOrderError",
+    "KVCache",
+    "Pass",
+    "TextKV",
+    "TransformerConfig",
+    "WanTransformer",
+]
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a Wan transformer.
+
+    Raises:
+        ValueError: heads do not divide dim, an odd head_dim, or an odd freq_dim.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_layers: int
+    num_heads: int
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    cross_attn_norm: bool = True
+    qk_norm: bool = True
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or self.head_dim % 2 or self.freq_dim % 2 or self.patch_size[0] != 1:
+            raise ValueError(
+                f"transformer: got dim={self.dim}, num_heads={self.num_heads}, freq_dim={self.freq_dim}, "
+                f"patch_size={self.patch_size}, expected an even dim/num_heads, "
+                f"an even freq_dim and patches of one frame"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of one attention head."""
+        return self.dim // self.num_heads
+
+
+# Wan-Video/Wan2.1 wan/configs/wan_t2v_14B.py and wan_t2v_1_3B.py at 9737cba
+WAN_14B = TransformerConfig(dim=5120, ffn_dim=13824, num_layers=40, num_heads=40)
+WAN_1_3B = TransformerConfig(dim=1536, ffn_dim=8960, num_layers=30, num_heads=12)
+
+
+@dataclass(frozen=True)
+class TextKV:
+    """Cross-attention keys and values of one prompt (per batch entry), for every layer.
+
+    Attributes:
+        keys, values: one tensor `[B, text_len, H, D]` a layer.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    def copy_(self, other: TextKV) -> TextKV:
+        """Overwrite in place, so that captured graphs see the new prompt at the old addresses."""
+        with torch.no_grad():
+            for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
+                mine.copy_(theirs)
+        return self
+
+
+class Memory(Protocol):
+    """What a layer's self-attention attends to: the cache at inference, the sequence itself in training."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention output `[B, T, H, D]` of normalised, not yet rotated queries and keys."""
+        ...
+
+    def remember(self, k: Tensor, v: Tensor) -> None:
+        """Keep keys and values when nothing further of this layer is needed."""
+        ...
+
+
+@dataclass(frozen=True)
+class CachedMemory:
+    """One layer's share of a pass over a `KVCache`."""
+
+    cache: KVCache
+    layer: CacheLayer
+    plan: PassPlan
+    rope: RopeTable
+    bias: KeyBias | None
+    backend: AttentionBackend
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write the pass's keys and values, attend to all that the plan names, then commit if asked to."""
+        self._write(k, v)
+        lo, hi = self.cache.span(self.plan)
+        q = rotate(q, self.rope).to(v.dtype)
+        out = attend(q, self.layer.key[:, lo:hi], self.layer.value[:, lo:hi], self.bias, backend=self.backend)
+        self._commit(k, v)
+        return out
+
+    def remember(self, k: Tensor, v: Tensor) -> None:
+        """Write, and commit if asked to, without attending."""
+        self._write(k, v)
+        self._commit(k, v)
+
+    def _write(self, k: Tensor, v: Tensor) -> None:
+        self.cache.write(self.layer, self.plan, rotate(k, self.rope), v)
+
+    def _commit(self, k: Tensor, v: Tensor) -> None:
+        if self.plan.pass_ is Pass.COMMIT:
+            self.cache.commit(self.layer, self.plan, k.to(v.dtype), v)
+
+
+@dataclass(frozen=True)
+class SequenceMemory:
+    """Context and chunk in one differentiable sequence: context attends to context, the chunk to all."""
+
+    context_tokens: int
+    rope: RopeTable
+    bias: Tensor | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Two attention calls, one a block of queries."""
+        n = self.context_tokens
+        q, k = rotate(q, self.rope).to(v.dtype), rotate(k, self.rope).to(v.dtype)
+        if n == 0:
+            return attend(q, k, v)
+        context = attend(q[:, :n], k[:, :n], v[:, :n])
+        return torch.cat((context, self._attend_chunk(q[:, n:], k, v)), dim=1)
+
+    def _attend_chunk(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.bias is None:
+            return attend(q, k, v)
+        n, frame = self.context_tokens, self.rope.tokens_per_frame
+        # the biased keys in front, as in the cache
+        k, v = (torch.cat((x[:, frame:n], x[:, :frame], x[:, n:]), dim=1) for x in (k, v))
+        return attend(q, k, v, KeyBias(self.bias, n - frame), backend=AttentionBackend.MASK)
+
+    def remember(self, k: Tensor, v: Tensor) -> None:
+        """Nothing to keep: the sequence is its own memory."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (all heads together); fp32 in between and in the result."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., dim]` of any dtype to fp32."""
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
+
+
+class Attention(nn.Module):
+    """Projections shared by self- and cross-attention; the attending itself is the subclass's."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.head_dim = config.head_dim
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, config.eps) if config.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(dim, config.eps) if config.qk_norm else nn.Identity()
+
+    def heads(self, x: Tensor) -> Tensor:
+        """`[B, T, heads * D]` to `[B, T, heads, D]`; the number of heads follows from the weights."""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+class SelfAttention(Attention):
+    """Attention of video tokens to what a `Memory` holds."""
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """`[B, T, C]` to `[B, T, C]`."""
+        q = self.heads(self.norm_q(self.q(x)))
+        return self.o(memory.attend(q, *self.key_value(x)).flatten(-2))
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised, not yet rotated keys and values `[B, T, H, D]`."""
+        return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+
+
+class CrossAttention(Attention):
+    """Attention of video tokens to the prompt, whose keys and values are computed once by `embed`."""
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`[B, T, C]` and the prompt's `[B, text_len, H, D]` to `[B, T, C]`."""
+        q = self.heads(self.norm_q(self.q(x))).to(value.dtype)
+        return self.o(attend(q, key, value).flatten(-2))
+
+    def embed(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, text_len, H, D]` of text features `[B, text_len, C]`."""
+        key = self.norm_k(self.k(text)).to(text.dtype)
+        return self.heads(key), self.heads(self.v(text))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each with its residual; AdaLN on first and last."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim, self.eps = config.dim, config.eps
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(dim, eps=config.eps) if config.cross_attn_norm else None
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self, x: Tensor, time: Tensor, text_key: Tensor, text_value: Tensor, memory: Memory
+    ) -> Tensor:
+        """One layer.
+
+        Args:
+            x: `[B, T, C]`.
+            time: `[B, F, 6, C]` fp32, the projected time embedding of each frame.
+            text_key, text_value: `[B, text_len, H, D]`.
+            memory: what self-attention attends to.
+        """
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self._modulation(time)
+        x = gated_add(x, self.self_attn(modulated_norm(x, shift, scale, self.eps), memory), gate)
+        x = x + self.cross_attn(self._norm3(x), text_key, text_value)
+        return gated_add(x, self.ffn(modulated_norm(x, ffn_shift, ffn_scale, self.eps)), ffn_gate)
+
+    def remember(self, x: Tensor, time: Tensor, memory: Memory) -> None:
+        """Only this layer's keys and values: all that a pass without output needs of the last layer."""
+        shift, scale, *_ = self._modulation(time)
+        memory.remember(*self.self_attn.key_value(modulated_norm(x, shift, scale, self.eps)))
+
+    def _modulation(self, time: Tensor) -> tuple[Tensor, ...]:
+        return (self.modulation.float() + time).unbind(2)
+
+    def _norm3(self, x: Tensor) -> Tensor:
+        if self.norm3 is None:
+            return x
+        weight, bias = self.norm3.weight.float(), self.norm3.bias.float()
+        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, self.eps).to(x.dtype)
+
+
+class Head(nn.Module):
+    """AdaLN and the projection to patches of velocity, in fp32."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        rows, columns = config.patch_size[1:]
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, rows * columns * config.out_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """`[B, T, C]` and the time embedding `[B, F, C]` to fp32 patches `[B, T, rows * columns *
+        channels]`.
+        """
+        shift, scale = (self.modulation.float() + time.unsqueeze(2)).unbind(2)
+        x = modulated_norm(x.float(), shift, scale, self.eps)
+        return F.linear(x, self.head.weight.float(), self.head.bias.float())
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift in fp32; x `[B, T, C]`, shift and scale `[B, F, C]` per latent
+    frame.
+    """
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
+    return (normed * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2).to(x.dtype)
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y * gate in fp32, rounded to the dtype of x; x, y `[B, T, C]`, gate `[B, F, C]` per latent
+    frame.
+    """
+    y = (y.unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
+    return (x + y).to(x.dtype)
+
+
+def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
+    """Cosines then sines of `timesteps` `[...]` (0..1000) at dim/2 frequencies, `[..., dim]` fp32.
+
+    Angles are made in fp64, as in Wan-Video/Wan2.1 `wan/modules/model.py` `sinusoidal_embedding_1d` at
+    9737cba.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=timesteps.device) / -half
+    angles = timesteps.double().unsqueeze(-1) * torch.pow(10000.0, exponent)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+
+
+def linear_fp32(layer: nn.Module, x: Tensor) -> Tensor:
+    """An `nn.Linear` applied in fp32 whatever the dtype of its weights."""
+    assert isinstance(layer, nn.Linear)
+    return F.linear(x, layer.weight.float(), layer.bias.float())
+
+
+class WanTransformer(nn.Module):
+    """Velocity of video latents, chunk after chunk, for any size of the Wan2.1 text-to-video family.
+
+    Args:
+        config: sizes.
+        attention: how attention with a KV bias is computed; see `wanrt.models.attention`.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *, attention: AttentionBackend = AttentionBackend.AUTO
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(
+            config.in_channels, dim, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def embed_text(self, embeddings: Tensor) -> TextKV:
+        """Cross-attention keys and values of prompt embeddings; differentiable.
+
+        Args:
+            embeddings: `[B, L, text_dim]`, L <= text_len, zero after the prompt's last token. Shorter ones
+                are padded with zeros, and like Wan2.1 the model attends to the embedded padding.
+
+        Raises:
+            ValueError: wrong shape.
+        """
+        length, text_len = embeddings.shape[1], self.config.text_len
+        if embeddings.ndim != 3 or length > text_len or embeddings.shape[2] != self.config.text_dim:
+            raise ValueError(
+                f"text embeddings: got shape {tuple(embeddings.shape)}, "
+                f"expected [B, up to {text_len}, {self.config.text_dim}]"
+            )
+        padded = F.pad(embeddings.to(self.dtype), (0, 0, 0, text_len - length))
+        text = self.text_embedding(padded)
+        pairs = [block.cross_attn.embed(text) for block in self._blocks()]
+        return TextKV(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: TextKV,
+        cache: KVCache,
+        *,
+        pass_: Pass,
+        bias: Tensor | None = None,
+    ) -> Tensor | None:
+        """One pass: `cache.begin`, `run`, `cache.finish`.
+
+        Args:
+            latents: `[B, in_channels, F, h, w]`, h and w even; noisy for DENOISE, clean otherwise.
+            timesteps: `[B, F]` in 0..1000, one a latent frame; 0 for CONTEXT and COMMIT.
+            text: from `embed_text`.
+            cache: of this stream, allocated for this batch and (h/2, w/2).
+            pass_: what the pass is for.
+            bias: None, or a 0-dim tensor log(b), 0 < b <= 1, added to the scores of context tokens except
+                those of context frame 0. Not for CONTEXT.
+
+        Returns:
+            DENOISE: the velocity (noise - x0) `[B, out_channels, F, h, w]` in the dtype of `latents`.
+            CONTEXT and COMMIT: None, and the last layer stops at its keys and values.
+
+        Raises:
+            CallOrderError: a pass that the cache does not expect.
+            ValueError: shapes that do not fit the cache, or a bias in a context pass.
+        """
+        self._check(latents, timesteps, cache, pass_, bias)
+        plan = cache.begin(pass_, latents.shape[2])
+        velocity = self.run(latents, timesteps, text, cache, plan, bias)
+        cache.finish(plan)
+        return velocity
+
+    def run(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: TextKV,
+        cache: KVCache,
+        plan: PassPlan,
+        bias: Tensor | None = None,
+    ) -> Tensor | None:
+        """`forward` without checks and without the cache's book-keeping: tensor work only, fixed by `plan`.
+
+        This is what a CUDA graph captures: static shapes and addresses, no host sync. After a replay call
+        `cache.finish(plan)`.
+        """
+        key_bias = None if bias is None else KeyBias(bias, cache.biased_keys(plan))
+        rope = cache.rope.slice_frames(plan.context, plan.frames)
+        memories = [
+            CachedMemory(cache, layer, plan, rope, key_bias, self.attention) for layer in cache.layers
+        ]
+        time, projected = self._embed_time(timesteps)
+        x = self._patchify(latents)
+        *blocks, last = zip(self._blocks(), text.keys, text.values, memories, strict=True)
+        for block, key, value, memory in blocks:
+            x = block(x, projected, key, value, memory)
+        block, key, value, memory = last
+        if plan.pass_ is not Pass.DENOISE:
+            block.remember(x, projected, memory)
+            return None
+        x = block(x, projected, key, value, memory)
+        return self._unpatchify(self.head(x, time), latents)
+
+    def forward_train(
+        self,
+        context: Tensor | None,
+        context_t: Tensor | None,
+        latents: Tensor,
+        t: Tensor,
+        text: TextKV,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity of a chunk given its context in one differentiable pass, equal to CONTEXT then DENOISE.
+
+        Args:
+            context: clean context `[B, in_channels, Fc, h, w]`, or None for a first chunk.
+            context_t: `[B, Fc]`, or None with `context`.
+            latents: noisy chunk `[B, in_channels, F, h, w]`.
+            t: `[B, F]` in 0..1000.
+            text: from `embed_text`.
+            bias: as in `forward`.
+
+        Returns:
+            `[B, out_channels, F, h, w]`, velocity of the chunk.
+        """
+        frames, count = latents, 0
+        if context is not None and context_t is not None:
+            count = context.shape[2]
+            frames, t = torch.cat((context, latents), dim=2), torch.cat((context_t, t), dim=1)
+        grid = latents.shape[-2] // 2, latents.shape[-1] // 2
+        rope = RopeTable.build(self.config.head_dim, frames.shape[2], grid, device=latents.device)
+        memory = SequenceMemory(count * rope.tokens_per_frame, rope, bias if count > 1 else None)
+        time, projected = self._embed_time(t)
+        x = self._patchify(frames)
+        for block, key, value in zip(self._blocks(), text.keys, text.values, strict=True):
+            x = block(x, projected, key, value, memory)
+        x = self.head(x[:, memory.context_tokens :], time[:, count:])
+        return self._unpatchify(x, latents)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of the residual stream."""
+        return self.patch_embedding.weight.dtype
+
+    def _blocks(self) -> Iterator[Block]:
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
+
+    def _check(
+        self, latents: Tensor, timesteps: Tensor, cache: KVCache, pass_: Pass, bias: Tensor | None
+    ) -> None:
+        batch, grid = cache.layers[0].key.shape[0], cache.grid
+        rows, columns = self.config.patch_size[1:]
+        expected = (batch, self.config.in_channels, latents.shape[2], grid[0] * rows, grid[1] * columns)
+        if latents.shape != expected or timesteps.shape != (batch, latents.shape[2]):
+            raise ValueError(
+                f"transformer: got latents {tuple(latents.shape)} and timesteps {tuple(timesteps.shape)}, "
+                f"expected {expected} and {(batch, latents.shape[2])}, the cache's batch and grid"
+            )
+        if bias is not None and (pass_ is Pass.CONTEXT or bias.ndim):
+            raise ValueError(
+                f"transformer: got a bias of shape {tuple(bias.shape)} in a {pass_} pass, "
+                f"expected None or a 0-dim tensor in a denoise or commit pass"
+            )
+
+    def _embed_time(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, F]` to the time embedding `[B, F, C]` and its projection `[B, F, 6, C]`, fp32."""
+        time = linear_fp32(self.time_embedding[0], sinusoid(timesteps, self.config.freq_dim))
+        time = linear_fp32(self.time_embedding[2], F.silu(time))
+        return time, linear_fp32(self.time_projection[1], F.silu(time)).unflatten(-1, (6, -1))
+
+    def _patchify(self, latents: Tensor) -> Tensor:
+        """`[B, channels, F, h, w]` to tokens `[B, T, C]`; kernel is stride: a convolution is a product."""
+        _, p, q = self.config.patch_size
+        patches = latents.to(self.dtype).unflatten(4, (-1, q)).unflatten(3, (-1, p))
+        patches = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def _unpatchify(self, patches: Tensor, like: Tensor) -> Tensor:
+        """`[B, T, rows * columns * channels]` to `[B, channels, F, h, w]` in the dtype of `like`."""
+        _, p, q = self.config.patch_size
+        h, w = like.shape[-2] // p, like.shape[-1] // q
+        x = patches.unflatten(2, (p, q, -1)).unflatten(1, (-1, h, w))
+        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4).to(like.dtype)
