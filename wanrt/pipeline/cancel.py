@@ -1,0 +1,40 @@
+"""A run that may be asked to end: checked between passes, never inside one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+from wanrt.errors import WanrtError
+
+
+class CancelledError(WanrtError):
+    """The run was asked to end. Exit code 128 + signal, as shells count it: 130 for SIGINT, 143 for SIGTERM."""
+
+    def __init__(self, signum: int = signal.SIGINT) -> None:
+        super().__init__(f"ended by {signal.Signals(signum).name}")
+        self.signum = signum
+        self.exit_code = 128 + signum
+
+
+class Cancel:
+    """Asked from anywhere (a signal handler, another thread), obeyed at the next `check`."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._signum: int = signal.SIGINT
+
+    def ask(self, signum: int = signal.SIGINT) -> None:
+        """Ask the run to end as if `signum` had arrived."""
+        self._signum = signum
+        self._event.set()
+
+    @property
+    def asked(self) -> bool:
+        """Whether somebody asked."""
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Raises `CancelledError` once somebody asked."""
+        if self._event.is_set():
+            raise CancelledError(self._signum)

@@ -1,0 +1,144 @@
+"""The chunk loop: stage 0 and a mesh, an anchor policy between them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wanrt.errors import RunError
+from wanrt.pipeline.context import (
+    CHUNK_LATENTS,
+    AnchorPolicy,
+    chunks_for,
+    context_plan,
+    latents_for,
+    pixel_frames,
+)
+from wanrt.pipeline.envelope import ChunkRequest, ChunkResult, Control, MeshHandle
+from wanrt.pipeline.pixels import PixelStage
+from wanrt.pipeline.prompts import PromptBook
+from wanrt.telemetry import Recorder
+
+if TYPE_CHECKING:
+    import torch
+
+STAGE = "stage0"
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Pixel frames of one chunk, ready to be shown: uint8 RGB `[T, H, W, 3]` on the CPU."""
+
+    pixels: torch.Tensor
+    chunk: int
+    first_frame: int  # index of the first of them in the video
+
+    @property
+    def count(self) -> int:
+        """How many frames."""
+        return self.pixels.shape[0]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop decides by."""
+
+    policy: AnchorPolicy
+    window: int
+    recompute: bool
+    frames: int | None  # exact number to deliver; None: for ever
+    bias: float = 1.0
+
+    @property
+    def chunks(self) -> int | None:
+        """Chunks to make; None: for ever."""
+        return None if self.frames is None else chunks_for(self.frames)
+
+    @property
+    def anchors(self) -> bool:
+        """Whether chunks are conditioned on an encoded anchor."""
+        return self.recompute and self.policy.encodes
+
+
+def to_rgb8(pixels: torch.Tensor) -> torch.Tensor:
+    """`[1, 3, T, H, W]` in -1..1 to uint8 `[T, H, W, 3]`: 127.5 (x + 1), rounded half to even, clamped."""
+    import torch
+
+    with torch.inference_mode():
+        scaled = pixels[0].float().add(1.0).mul_(127.5).round_().clamp_(0, 255)
+        return scaled.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+class Pipeline:
+    """One stream: prompts in, frames out, for ever or for an exact number of frames."""
+
+    def __init__(
+        self,
+        prompts: PromptBook,
+        pixels: PixelStage,
+        mesh: MeshHandle,
+        settings: LoopSettings,
+        recorder: Recorder,
+        convert: Callable[[torch.Tensor], torch.Tensor] = to_rgb8,
+    ) -> None:
+        self._prompts, self._pixels, self._mesh = prompts, pixels, mesh
+        self._settings, self._recorder, self._convert = settings, recorder, convert
+
+    def run(self) -> Iterator[Frames]:
+        """Frames chunk by chunk. Raises `RunError` for a chunk with NaN or Inf, before its frames are given
+        out.
+        """
+        policy = self._settings.policy
+        self._submit(0)
+        for chunk in self._chunks():
+            result = self._mesh.receive()
+            self._pixels.take(result, self._wanted())
+            if policy in (AnchorPolicy.DECODE_ALL, AnchorPolicy.OVERLAP):
+                self._pixels.decode_rest()
+            if policy is not AnchorPolicy.DECODE_ALL:
+                self._submit_after(chunk)
+            yield self._show(result)
+            if policy is AnchorPolicy.DECODE_ALL:
+                self._submit_after(chunk)
+
+    def close(self) -> None:
+        """Ends the mesh; safe to call twice."""
+        self._mesh.close()
+
+    def _chunks(self) -> Iterator[int]:
+        chunks = self._settings.chunks
+        return itertools.count() if chunks is None else iter(range(chunks))
+
+    def _wanted(self) -> int | None:
+        frames = self._settings.frames
+        return None if frames is None else latents_for(frames)
+
+    def _submit_after(self, chunk: int) -> None:
+        if self._settings.chunks is None or chunk + 1 < self._settings.chunks:
+            self._submit(chunk + 1)
+
+    def _submit(self, chunk: int) -> None:
+        anchor = None
+        if self._settings.anchors:
+            latent = context_plan(chunk, self._settings.window, self._settings.policy).anchor
+            anchor = None if latent is None else self._pixels.anchor(latent)
+        control = Control(self._settings.bias) if chunk == 0 else None
+        self._mesh.submit(ChunkRequest(chunk, anchor, self._prompts.changed(chunk), control))
+
+    def _show(self, result: ChunkResult) -> Frames:
+        chunk = result.chunk
+        self._pixels.decode_rest()
+        self._pixels.encode_ready()
+        with self._recorder.span(STAGE, "convert", chunk):
+            pixels = self._convert(self._pixels.pop(chunk))
+        if not bool(result.finite):
+            raise RunError(
+                f"chunk {chunk}: NaN or Inf in the transformer's latents; check weights and precision"
+            )
+        first = pixel_frames(CHUNK_LATENTS * chunk)
+        if self._settings.frames is not None:
+            pixels = pixels[: self._settings.frames - first]
+        self._recorder.frames(chunk, pixels.shape[0])
+        return Frames(pixels, chunk, first)
