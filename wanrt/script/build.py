@@ -1,0 +1,274 @@
+"""From a prompt file and flags to a `RenderJob`, or to one error that lists everything that is wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import ValidationError
+
+from wanrt.errors import ScriptError, UsageError
+from wanrt.script import findings as say
+from wanrt.script import units
+from wanrt.script.job import RenderJob
+from wanrt.script.layout import Layout, lay_out, unseen
+from wanrt.script.preset import CacheKind, Preset, bundled, demo_names, is_model, load_preset, read_preset
+from wanrt.script.schema import Flags, PromptFile, SceneTable
+from wanrt.script.source import MAX_BYTES, Source, parse
+from wanrt.script.source import Path as KeyPath
+from wanrt.script.timeline import Curve, Scene, Timeline
+
+DEFAULT_PRESET = "wan-tiny"
+MAX_WINDOW = 12  # latent frames of a recomputed context (issue of the design: windows 1 to 12)
+
+log = logging.getLogger("wanrt.script")
+
+
+@dataclass(frozen=True)
+class Script:
+    """A prompt file, parsed but not checked, or a bare prompt. `stem` names the output by default."""
+
+    source: Source
+    stem: str = "wanrt"
+    bare: bool = False
+
+
+def build_job(script: Script, flags: Mapping[str, Any] | None = None) -> RenderJob:
+    """The job that `script` describes, with the `flags` that are not None winning over it.
+
+    `flags` has the keys of `Flags`, with values as typed. Raises ScriptError, one line per finding.
+    """
+    lines: list[str] = []
+    given = _flags(flags or {}, lines)
+    file = _file(script.source, lines)
+    if file is None or given is None:
+        raise ScriptError("\n".join(lines))
+    return _Resolver(script, file, given).job()
+
+
+def read_script(argument: str, stdin: BinaryIO | None = None) -> Script:
+    """What `wanrt render ARGUMENT` names: "-" (stdin), a file, a bundled demo, or else a prompt.
+
+    Raises UsageError for a file that cannot be read, ScriptError for one that is not TOML.
+    """
+    if argument == "-":
+        if stdin is None:
+            raise UsageError('got "-" but no standard input: give a file or a prompt')
+        return Script(parse(stdin.read(MAX_BYTES + 1), "<stdin>"))
+    path = Path(argument)
+    if not _looks_like_file(argument, path):
+        return _demo(argument) or _bare(argument)
+    try:
+        with path.open("rb") as file:
+            return Script(parse(file.read(MAX_BYTES + 1), argument), path.stem)
+    except FileNotFoundError:
+        if (found := _demo(path.stem)) is not None and path.parent.name in ("", "presets"):
+            log.info("%s is not here: using the demo of that name that comes with wanrt", argument)
+            return found
+        raise UsageError(_no_file(argument, path)) from None
+    except (OSError, ValueError) as bad:
+        reason = getattr(bad, "strerror", None) or bad
+        raise UsageError(f"{units.show(argument)} cannot be read: {reason}") from None
+
+
+def _looks_like_file(argument: str, path: Path) -> bool:
+    if argument.endswith(".toml"):
+        return True
+    try:
+        return path.is_file() and len(argument.split()) == 1
+    except (OSError, ValueError):  # a prompt of 10,000 characters is no file name
+        return False
+
+
+def _no_file(argument: str, path: Path) -> str:
+    close = units.nearest(path.stem, demo_names())
+    hint = f"did you mean the demo {close}?" if close else f"demos: {', '.join(demo_names())}"
+    return (
+        f"{units.show(argument)} does not exist: give a prompt file, a prompt in quotes, or a demo ({hint})"
+    )
+
+
+def _demo(name: str) -> Script | None:
+    """The bundled prompt file called `name`."""
+    inside = bundled(name)
+    if inside is None:
+        return None
+    source = parse(inside.read_bytes(), f"presets/{name}.toml")
+    return Script(source, name) if not is_model(source) else None
+
+
+def _bare(prompt: str) -> Script:
+    if not prompt.strip():
+        raise UsageError("got an empty prompt: say what to show, or give a prompt file")
+    return Script(Source("the prompt", {"scene": [{"prompt": prompt}]}, {}), bare=True)
+
+
+def _flags(values: Mapping[str, Any], lines: list[str]) -> Flags | None:
+    try:
+        return Flags.model_validate({key: value for key, value in values.items() if value is not None})
+    except ValidationError as bad:
+        lines += say.flags_report(bad, Flags).splitlines()
+        return None
+
+
+def _file(source: Source, lines: list[str]) -> PromptFile | None:
+    """The checked file. A file that is no prompt file at all is one finding, not twenty."""
+    if is_model(source):
+        name = source.data.get("name", "NAME")
+        text = f'is a model preset, not a prompt file: wanrt render --preset {name} "PROMPT" -o out.mp4'
+        lines.append(f"{source.name}:1: {text}")
+        return None
+    try:
+        return PromptFile.model_validate(source.data)
+    except ValidationError as bad:
+        lines += say.report(bad, source, PromptFile).splitlines()
+        return None
+
+
+class _Resolver:
+    """Merges file, flags and preset into a job, collecting findings that need more than one of them."""
+
+    def __init__(self, script: Script, file: PromptFile, flags: Flags) -> None:
+        self.script, self.file, self.flags = script, file, flags
+        self.findings: list[tuple[int, str]] = []
+        self.notes: list[str] = []
+
+    def job(self) -> RenderJob:
+        preset = self._preset()
+        if preset is None:
+            raise ScriptError(self._report())
+        self._check_model(preset)
+        fps: Fraction = self._pick("fps") or preset.video.fps
+        layout = lay_out(self.file, self.flags, fps)
+        for path, text in layout.findings:
+            self._find(path, text)
+        if self.findings:
+            raise ScriptError(self._report())
+        return self._assemble(preset, fps, layout)
+
+    def _assemble(self, preset: Preset, fps: Fraction, layout: Layout) -> RenderJob:
+        width, height = self._pick("size") or preset.video.sizes[0]
+        self._note_size(preset, (width, height))
+        flags = self.flags
+        return RenderJob(
+            preset=preset,
+            timeline=self._timeline(preset, layout),
+            seed=self._pick("seed", 0),
+            width=width,
+            height=height,
+            fps=fps,
+            frames=layout.frames,
+            steps=steps_of(preset, self._pick("steps")) or preset.steps,
+            window=self._pick("window", preset.cache.window),
+            bias=self._pick("bias", preset.cache.bias),
+            anchor=self._pick("anchor", preset.video.anchor),
+            topology=flags.topology,
+            precision=flags.precision,
+            device=flags.device,
+            weights=_path(flags.weights),
+            random_weights=flags.random_weights,
+            output=_path(flags.output) or Path(f"{self.script.stem}.mp4"),
+            codec=self._pick("codec"),
+            quality=self._pick("quality"),
+            force=flags.force,
+            stats=_path(flags.stats),
+            trace=_path(flags.trace),
+            title=self.file.title or "",
+            notes=tuple(self.notes),
+        )
+
+    def _pick(self, key: str, default: Any = None) -> Any:
+        """The flag's value, else the file's, else `default`."""
+        for value in (getattr(self.flags, key), getattr(self.file, key)):
+            if value is not None:
+                return value
+        return default
+
+    def _find(self, path: KeyPath, text: str) -> None:
+        self.findings.append((self.script.source.line(path), text))
+
+    def _report(self) -> str:
+        name, bare = self.script.source.name, self.script.bare
+        ordered = sorted(self.findings, key=lambda finding: finding[0])
+        return "\n".join(
+            dict.fromkeys(text if bare or not at else f"{name}:{at}: {text}" for at, text in ordered)
+        )
+
+    def _preset(self) -> Preset | None:
+        name = self._pick("preset", DEFAULT_PRESET)
+        try:
+            return load_preset(name)
+        except UsageError as bad:
+            if self.flags.preset is not None:
+                raise
+            self._find(("preset",), str(bad))
+            return None
+
+    def _check_model(self, preset: Preset) -> None:
+        """Refuse what the preset's model cannot do."""
+        recompute = preset.cache.policy is CacheKind.RECOMPUTE
+        if not recompute:
+            kept = f"{preset.name} keeps a {preset.cache.policy} cache"
+            self._refuse("anchor", f"{kept} and has no anchor: leave it out")
+            self._refuse("bias", f"{kept} and takes no KV attention bias: leave it out")
+        window = self._pick("window")
+        low = preset.cache.sink + 1
+        high = MAX_WINDOW if recompute else preset.cache.window
+        if window is not None and not low <= window <= high:
+            self._refuse("window", f"got {window}; expected {low} to {high} latent frames for {preset.name}")
+
+    def _refuse(self, key: str, text: str) -> None:
+        """Note `text` wherever `key` is set: as a flag, in the file, in scenes."""
+        if getattr(self.flags, key) is not None:
+            self.findings.append((0, f"{say.flag(key)}: {text}"))
+        elif getattr(self.file, key, None) is not None:
+            self._find((key,), f"{key}: {text}")
+        for i, scene in enumerate(self.file.scene):
+            if getattr(scene, key, None) is not None:
+                self._find(("scene", i, key), f"scene {i + 1}, {key}: {text}")
+
+    def _note_size(self, preset: Preset, size: tuple[int, int]) -> None:
+        if size not in preset.video.sizes:
+            made_for = " or ".join(f"{w}x{h}" for w, h in preset.video.sizes)
+            self.notes.append(f"{preset.name} was made for {made_for}; {size[0]}x{size[1]} may look worse")
+
+    def _timeline(self, preset: Preset, layout: Layout) -> Timeline:
+        late = unseen(layout)
+        for i in late:
+            start, end = layout.seconds(layout.starts[i]), layout.seconds(layout.frames)
+            self.notes.append(f"scene {i + 1} is not shown: it starts at {start}, the video ends at {end}")
+        scenes = enumerate(self.file.scene)
+        return Timeline(tuple(self._scene(preset, layout, i, s) for i, s in scenes if i not in late))
+
+    def _scene(self, preset: Preset, layout: Layout, i: int, table: SceneTable) -> Scene:
+        transition = table.transition
+        # A flag wins over the whole file, its scenes included.
+        return Scene(
+            prompts=table.prompt,
+            start_frame=layout.starts[i],
+            start_chunk=layout.chunks[i],
+            ramp=transition.over * layout.fps if transition else Fraction(0),
+            curve=transition.curve if transition else Curve.LERP,
+            bias=table.bias if self.flags.bias is None else None,
+            steps=steps_of(preset, table.steps) if self.flags.steps is None else None,
+        )
+
+
+def steps_of(preset: Preset, value: int | tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """Timesteps of a `steps` value: a list as it is; a count as even steps, or as the preset's own list when
+    that has as many.
+    """
+    if isinstance(value, int):
+        return preset.steps if value == len(preset.steps) else preset.sampling.evenly(value)
+    return value
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text).expanduser()
+
+
+__all__ = ["Script", "build_job", "read_preset", "read_script", "steps_of"]
