@@ -1,0 +1,60 @@
+"""From a file name to the sink that writes it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+
+from wanrt.errors import OutputError
+
+from .metadata import as_tags
+from .quality import Quality
+from .sink import Sink
+from .spec import VideoSpec
+from .target import Target, check_target
+
+log = logging.getLogger("wanrt.output")
+
+
+def open_sink(
+    path: str | os.PathLike[str],
+    spec: VideoSpec,
+    *,
+    codec: str | None = None,
+    quality: Quality | float | str = 75,
+    metadata: Mapping[str, object] | None = None,
+    force: bool = False,
+    threads: int = 0,
+) -> Sink:
+    """Open the sink that a name asks for.
+
+    Args:
+        path: `.mp4 .mov .mkv .webm .gif`, `frame_%05d.png` or a directory ending in / (PNG frames).
+        spec: size and rate.
+        codec: h264, hevc, av1 or vp9; None for the container's own (h264, in WebM vp9).
+        quality: 0 to 100, or "crf=N"; see `Quality`.
+        metadata: prompt, seed, preset, version, title ...; `read_metadata` gives them back.
+        force: replace what is there.
+        threads: encoder threads, 0 for one per core (at most 8).
+
+    Raises:
+        UsageError: the name, codec or quality is wrong, or the file exists and `force` is not given.
+        OutputError: it cannot be written there, or nothing here encodes that codec.
+    """
+    target = check_target(path, force, codec)
+    tags, chosen = as_tags(metadata), Quality.parse(quality)
+    return _open_movie(target, spec, chosen, tags, force, threads)
+
+
+def _open_movie(
+    target: Target, spec: VideoSpec, quality: Quality, tags: dict[str, str], force: bool, threads: int
+) -> Sink:
+    from .encoder import choose_encoder
+    from .movie import MovieSink
+
+    settings = choose_encoder(target.codec, spec, quality)
+    if settings is None:
+        raise OutputError(f"{target.path}: no encoder for {target.codec} here; try --codec h264")
+    return MovieSink(target, replace(settings, threads=threads, metadata=tags), tags, force=force)
