@@ -4,6 +4,7 @@ reference."""
 import numpy as np
 import pytest
 import torch
+
 from wanrt_kernels.nv12 import nv12_ref, rgb_to_nv12
 
 SIZES = [(1, 2, 2), (2, 6, 10), (1, 16, 130), (3, 34, 258), (0, 4, 4)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+
 from wanrt_kernels.nv12 import rgb_to_nv12
 
 from .sink import PixelFormat
