@@ -10,7 +10,6 @@ from wanrt.pipeline.loop import LoopSettings, Pipeline
 from wanrt.pipeline.mesh import InProcessMesh, Mesh, MeshSettings
 from wanrt.pipeline.pixels import PixelStage
 from wanrt.pipeline.prompts import PromptBook
-from wanrt.pipeline.schedule import Schedule
 from wanrt.telemetry import Recorder
 
 SHAPE = (1, 16, 3, 2, 3)
@@ -22,6 +21,8 @@ class FakeConditioning:
     blend_from: tuple | None = None
     blend_fraction: float = 1.0
     curve: str = "lerp"
+    bias: float | None = None
+    steps: tuple | None = None
 
 
 class FakeTimeline:
@@ -104,17 +105,18 @@ def fake_pipeline():
 
     def build(
         *, policy=AnchorPolicy.ANCHOR_ONLY, window=3, frames=69, seed=5, recompute=True, launch_on_submit=False,
-        steps=(1000, 937.5, 833.3333, 625), vae=None, denoiser=None, recorder=None, bias=0.5,
+        steps=(1000, 937.5, 833.3333, 625), vae=None, denoiser=None, recorder=None, bias=0.5, timeline=None,
     ):  # fmt: skip
         vae, denoiser = vae or FakeVae(), denoiser or FakeDenoiser()
         recorder = recorder or Recorder()
         policy = AnchorPolicy(policy)
-        settings = MeshSettings(seed, Schedule.of(steps, 5.0), window, policy, recompute, SHAPE)
+        settings = MeshSettings(seed, 5.0, window, policy, recompute, SHAPE)
         mesh = InProcessMesh(Mesh(denoiser, settings, recorder), launch_on_submit=launch_on_submit)
-        loop = LoopSettings(policy, window, recompute, frames, bias)
+        loop = LoopSettings(policy, window, recompute, frames, steps, bias)
         pixels = PixelStage(vae, window if loop.anchors else None, recorder, chunks=loop.chunks)
-        book = PromptBook(FakeTimeline(), fake_encode, recorder)
-        return Pipeline(book, pixels, mesh, loop, recorder), vae, denoiser
+        timeline = timeline or FakeTimeline()
+        book = PromptBook(timeline, fake_encode, recorder)
+        return Pipeline(timeline, book, pixels, mesh, loop, recorder), vae, denoiser
 
     return build
 

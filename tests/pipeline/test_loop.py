@@ -1,14 +1,17 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from wanrt.errors import RunError
 from wanrt.pipeline.cancel import Cancel, CancelledError
 from wanrt.pipeline.context import AnchorPolicy
-from wanrt.pipeline.envelope import ChunkRequest
+from wanrt.pipeline.envelope import ChunkRequest, Control
 from wanrt.pipeline.loop import to_rgb8
 from wanrt.telemetry import Recorder
 
 EXACT = ["decode-all", "overlap", "anchor-only"]
+CONTROL = Control((1000.0, 625.0))
 SEVEN_CHUNKS = 9 + 6 * 12
 
 
@@ -133,7 +136,7 @@ def test_wrong_order_is_refused(fake_pipeline):
     mesh = fake_pipeline()[0]._mesh
     with pytest.raises(RunError, match="nothing is under way"):
         mesh.receive()
-    mesh.submit(ChunkRequest(0, embedding=torch.zeros(1, 4, 6)))
+    mesh.submit(ChunkRequest(0, embedding=torch.zeros(1, 4, 6), control=CONTROL))
     with pytest.raises(RunError, match="under way"):
         mesh.submit(ChunkRequest(1))
     mesh.receive()
@@ -146,7 +149,7 @@ def test_a_missing_anchor_is_refused(fake_pipeline):
     pipeline, _, _ = fake_pipeline(window=3)
     mesh = pipeline._mesh
     for chunk in range(3):
-        mesh.submit(ChunkRequest(chunk, embedding=torch.zeros(1, 4, 6)))
+        mesh.submit(ChunkRequest(chunk, embedding=torch.zeros(1, 4, 6), control=CONTROL))
         if chunk < 2:
             mesh.receive()
     with pytest.raises(RunError, match="without the anchor of latent 3"):
@@ -188,3 +191,27 @@ def test_rgb8_against_numpy():
     pixels = torch.linspace(-1.2, 1.2, 2 * 3 * 4 * 5).view(1, 3, 2, 4, 5)
     want = np.clip(np.rint((pixels.numpy()[0] + np.float32(1)) * np.float32(127.5)), 0, 255).astype(np.uint8)
     assert np.array_equal(to_rgb8(pixels).numpy(), want.transpose(1, 2, 3, 0))
+
+
+def test_a_scene_brings_its_own_steps_and_bias(fake_pipeline):
+    @dataclass(frozen=True)
+    class Scene:
+        prompts: tuple = (("a", 1.0),)
+        blend_from: None = None
+        blend_fraction: float = 1.0
+        curve: str = "lerp"
+        bias: float | None = None
+        steps: tuple | None = None
+
+    class Timeline:
+        def at(self, chunk):
+            return Scene(bias=0.25, steps=(1000, 500)) if chunk == 2 else Scene()
+
+    pipeline, _, denoiser = fake_pipeline(timeline=Timeline(), frames=45)
+    biases = []
+    denoiser.set_bias = biases.append
+    video(pipeline)
+    assert biases == [0.5, 0.25, 0.5]
+    assert denoiser.log.count("step 500") == 1
+    assert denoiser.log.count("step 1000") == 4
+    assert len(denoiser.log) == 1 + 3 + 3 * 4 + 2

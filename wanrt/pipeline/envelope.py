@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class Control:
     """Settings that hold from this chunk on."""
 
+    steps: tuple[float, ...]  # timesteps as the model sees them, falling from 1000
     bias: float = 1.0  # b of the KV attention bias log(b), in (0, 1]; 1 is off
 
 
@@ -30,7 +31,7 @@ class ChunkRequest:
         None  # [B, 16, 1, h, w] float32, normalised latents; None when the plan has no anchor
     )
     embedding: torch.Tensor | None = None  # [B, L, text_dim]; None when the prompt is the chunk before's
-    control: Control | None = None  # None when nothing changed
+    control: Control | None = None  # None when nothing changed; never None for chunk 0
 
 
 @dataclass(frozen=True)

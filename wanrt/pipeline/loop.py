@@ -18,7 +18,7 @@ from wanrt.pipeline.context import (
 )
 from wanrt.pipeline.envelope import ChunkRequest, ChunkResult, Control, MeshHandle
 from wanrt.pipeline.pixels import PixelStage
-from wanrt.pipeline.prompts import PromptBook
+from wanrt.pipeline.prompts import PromptBook, Timeline
 from wanrt.telemetry import Recorder
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class LoopSettings:
     window: int
     recompute: bool
     frames: int | None  # exact number to deliver; None: for ever
+    steps: tuple[float, ...]  # where a scene has none of its own
     bias: float = 1.0
 
     @property
@@ -76,6 +77,7 @@ class Pipeline:
 
     def __init__(
         self,
+        timeline: Timeline,
         prompts: PromptBook,
         pixels: PixelStage,
         mesh: MeshHandle,
@@ -83,7 +85,8 @@ class Pipeline:
         recorder: Recorder,
         convert: Callable[[torch.Tensor], torch.Tensor] = to_rgb8,
     ) -> None:
-        self._prompts, self._pixels, self._mesh = prompts, pixels, mesh
+        self._timeline, self._prompts, self._pixels, self._mesh = timeline, prompts, pixels, mesh
+        self._control: Control | None = None
         self._settings, self._recorder, self._convert = settings, recorder, convert
 
     def run(self) -> Iterator[Frames]:
@@ -124,8 +127,17 @@ class Pipeline:
         if self._settings.anchors:
             latent = context_plan(chunk, self._settings.window, self._settings.policy).anchor
             anchor = None if latent is None else self._pixels.anchor(latent)
-        control = Control(self._settings.bias) if chunk == 0 else None
-        self._mesh.submit(ChunkRequest(chunk, anchor, self._prompts.changed(chunk), control))
+        self._mesh.submit(ChunkRequest(chunk, anchor, self._prompts.changed(chunk), self._changed(chunk)))
+
+    def _changed(self, chunk: int) -> Control | None:
+        """The control for `chunk`, or None when it is the one sent last."""
+        scene, settings = self._timeline.at(chunk), self._settings
+        bias = settings.bias if scene.bias is None else scene.bias
+        control = Control(settings.steps if scene.steps is None else scene.steps, bias)
+        if control == self._control:
+            return None
+        self._control = control
+        return control
 
     def _show(self, result: ChunkResult) -> Frames:
         chunk = result.chunk

@@ -56,7 +56,7 @@ class MeshSettings:
     """What every rank of a mesh must agree on."""
 
     seed: int
-    schedule: Schedule
+    shift: float  # of the noise schedule
     window: int
     policy: AnchorPolicy
     recompute: (
@@ -79,6 +79,7 @@ class Mesh:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._denoiser, self._settings, self._recorder, self._check = denoiser, settings, recorder, check
+        self._schedule: Schedule | None = None
         self._latents: dict[int, torch.Tensor] = {}
         self._noise: dict[tuple[int, int], torch.Tensor] = {}
         self._next = 0
@@ -106,11 +107,13 @@ class Mesh:
 
     def draw_ahead(self, chunk: int) -> None:
         """Draws the noise of `chunk` now, while the device is busy with the chunk before."""
-        for step in range(len(self._settings.schedule)):
+        self._noise.clear()
+        for step in range(len(self._steps())):
             self._noise[chunk, step] = self._fresh(chunk, step)
 
     def _apply(self, request: ChunkRequest) -> None:
         if request.control is not None:
+            self._schedule = Schedule.of(request.control.steps, self._settings.shift)
             self._denoiser.set_bias(request.control.bias)
         if request.embedding is not None:
             with self._recorder.span(STAGE, "text", request.chunk):
@@ -132,7 +135,7 @@ class Mesh:
             self._denoiser.context(torch.cat(frames, dim=2))
 
     def _denoise(self, chunk: int) -> torch.Tensor:
-        schedule = self._settings.schedule
+        schedule = self._steps()
         noisy = clean = self._take_noise(chunk, 0)
         for step, (timestep, sigma) in enumerate(zip(schedule.timesteps, schedule.sigmas, strict=True)):
             self._check()
@@ -141,6 +144,11 @@ class Mesh:
                 if step + 1 < len(schedule):
                     noisy = renoise(clean, self._take_noise(chunk, step + 1), schedule.sigmas[step + 1])
         return clean
+
+    def _steps(self) -> Schedule:
+        if self._schedule is None:
+            raise RunError("mesh: no denoising steps yet; the first request must carry a control")
+        return self._schedule
 
     def _commit(self, chunk: int, latents: torch.Tensor) -> None:
         with self._recorder.span(STAGE, "commit", chunk):

@@ -41,6 +41,16 @@ class Conditioning(Protocol):
         """lerp or slerp."""
         ...
 
+    @property
+    def bias(self) -> float | None:
+        """The scene's own attention bias; None for the job's."""
+        ...
+
+    @property
+    def steps(self) -> tuple[float, ...] | None:
+        """The scene's own timesteps; None for the job's."""
+        ...
+
 
 class Timeline(Protocol):
     """Says what each chunk is conditioned on; pure."""
