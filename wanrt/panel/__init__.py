@@ -1,1 +1,22 @@
 """The live panel, and its plain-line and JSON forms."""
+
+from wanrt.panel.observer import MODES, Mode, Observer, logging_to, make_observer
+from wanrt.panel.snapshot import LoadStep, Memory, Phase, Queue, Snapshot, StageRow, Summary
+from wanrt.panel.sources import memory_now, stage_rows
+
+__all__ = [
+    "MODES",
+    "LoadStep",
+    "Memory",
+    "Mode",
+    "Observer",
+    "Phase",
+    "Queue",
+    "Snapshot",
+    "StageRow",
+    "Summary",
+    "logging_to",
+    "make_observer",
+    "memory_now",
+    "stage_rows",
+]

@@ -1,0 +1,75 @@
+"""Parts of a snapshot that are read off a recorder and the machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import psutil
+
+from wanrt.panel.snapshot import Block, Memory, StageRow
+from wanrt.telemetry import Recorder, Span, Stats
+
+
+def stage_rows(recorder: Recorder, stats: Stats, seconds: float = 60.0) -> tuple[StageRow, ...]:
+    """One row per stage and rank, with the busy blocks of the last `seconds`. Times are as of now.
+
+    The rank is named only where several ranks have the same stage. Stages without a chunk (loading) are left
+    out.
+    """
+    recent = [span for span in recorder.recent(seconds) if span.chunk is not None]
+    now = recorder.clock()
+    shared = [s.stage for s in stats.stages]
+    rows = []
+    for stage in stats.stages:
+        spans = [s for s in recent if (s.stage, s.rank) == (stage.stage, stage.rank)]
+        if not spans and stage.busy_s == 0:
+            continue
+        newest = max(spans, key=lambda s: s.end_ns, default=None)
+        rows.append(
+            StageRow(
+                name=f"{stage.stage} {stage.rank}" if shared.count(stage.stage) > 1 else stage.stage,
+                busy_share=stage.busy_share,
+                bubble_ms=stage.bubble.p50_ms if stage.stage.startswith("mesh") else None,
+                last=newest.name if newest else "",
+                blocks=_blocks(spans, now),
+                chunk=newest.chunk if newest else None,
+            )
+        )
+    return tuple(rows)
+
+
+def _blocks(spans: Iterable[Span], now: int, join_s: float = 1e-3) -> tuple[Block, ...]:
+    """Spans as seconds before `now`; neighbours less than a millisecond apart are one block."""
+    blocks: list[Block] = []
+    for span in sorted(spans, key=lambda s: s.start_ns):
+        start, end = min(0.0, (span.start_ns - now) / 1e9), min(0.0, (span.end_ns - now) / 1e9)
+        if blocks and start - blocks[-1][1] < join_s:
+            blocks[-1] = (blocks[-1][0], max(end, blocks[-1][1]))
+        else:
+            blocks.append((start, end))
+    return tuple(blocks)
+
+
+def memory_now() -> Memory:
+    """Memory of this process and its children, and of the fullest CUDA device if the process uses one.
+
+    Reads /proc and asks the driver: call it once or twice a second, not per frame.
+    """
+    torch = sys.modules.get("torch")
+    used = total = None
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        infos = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
+        used, total = max(((size - free, size) for free, size in infos), key=lambda pair: pair[0] / pair[1])
+    return Memory(rss=_tree_rss(), device_used=used, device_total=total)
+
+
+def _tree_rss() -> int:
+    here = psutil.Process()
+    total = 0
+    for process in (here, *here.children(recursive=True)):
+        try:
+            total += process.memory_info().rss
+        except psutil.Error:  # gone meanwhile
+            continue
+    return total
