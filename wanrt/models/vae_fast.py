@@ -1,0 +1,376 @@
+"""The Wan VAE's streaming decode and lone-frame encode, rearranged for a GPU. Same function, same state.
+
+`FastVae` repacks the weights of a `WanVae` once and then computes what its `decode` and `encode_frame` compute:
+
+- A causal 3x3x3 convolution with T frames and two remembered ones is a 2-D convolution over T stacks of three
+  frames. `wanrt_kernels.norm_stack` writes those stacks while it finishes the previous layer (bias, skip
+  connection, RMSNorm, SiLU) and updates the stream's state in place; cuDNN does the rest in channels-last.
+- Nearest upsampling followed by a 3x3 convolution reads each input pixel up to nine times through four phases.
+  Summing the taps that meet the same pixel gives four 2x2 kernels: one convolution with 4 C outputs on the small
+  picture, 4/9 of the arithmetic; `norm_stack` reads its output in picture order.
+- The decoder's affine un-normalisation and `conv2`, and the encoder's `conv1` and normalisation, are each one
+  16-wide matrix in fp32.
+
+A biased convolution would cost PyTorch one more pass over its output, so biases are kept apart and ride along
+in `Pending`. Batch is 1. Layout inside is [T, H, W, C]; a `VaeState` slot ([1, C, 2, H, W] in channels_last_3d
+strides) is the same memory as [2, H, W, C], so plain and fast path can continue each other's streams.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wanrt.models.vae import (
+    AttentionBlock,
+    CausalConv3d,
+    Decoder,
+    Downsample,
+    Encoder,
+    ResidualBlock,
+    RMSNorm,
+    Upsample,
+    VaeState,
+    WanVae,
+)
+from wanrt_kernels.norm_stack import norm_stack
+
+TENSOR_CORE_CHANNELS = 8  # cuDNN's tensor-core kernels want channel counts that divide by 8
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A convolution's raw output and what is still to be added to it.
+
+    `x` is [T, H, W, C], or [T, H/2 + 1, W/2 + 1, 4C] when `shuffled`; `bias` [C]; `residual` [T, H, W, C].
+    """
+
+    x: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    shuffled: bool = False
+
+    def finish(
+        self,
+        scale: Tensor | None = None,
+        state: Tensor | None = None,
+        *,
+        silu: bool = True,
+        keep: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add, normalise and stack; see `norm_stack`."""
+        return norm_stack(
+            self.x,
+            scale,
+            bias=self.bias,
+            residual=self.residual,
+            state=state,
+            unshuffle=self.shuffled,
+            silu=silu,
+            keep_total=keep,
+        )
+
+
+def conv2d_nhwc(x: Tensor, weight: Tensor, *, padding: int = 1, stride: int = 1) -> Tensor:
+    """[N, H, W, C] x [O, C, k, k] (channels-last) -> [N, H', W', O], contiguous, without a bias."""
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, padding).permute(0, 2, 3, 1)
+    return out.contiguous()  # a no-op on CUDA; CPU convolutions may choose another layout
+
+
+def _channels_last(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _bias_of(conv: nn.Conv2d | nn.Conv3d) -> Tensor:
+    return conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
+
+
+def _scale_of(norm: RMSNorm) -> Tensor:
+    return norm.gamma.detach().float().flatten() * norm.scale
+
+
+class FastConv(nn.Module):
+    """A causal convolution's weights twice: all time taps stacked as channels, and the last tap alone."""
+
+    stacked: Tensor
+    last: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: CausalConv3d, dtype: torch.dtype, *, pad_in: int = 0, pad_out: int = 0) -> None:
+        super().__init__()
+        self.path = conv.path
+        weight = F.pad(conv.weight.detach().float(), (0, 0) * 3 + (0, pad_in, 0, pad_out))
+        self.register_buffer("stacked", _channels_last(weight.transpose(1, 2).flatten(1, 2), dtype))
+        self.register_buffer("last", _channels_last(weight[:, :, -1], dtype))
+        self.register_buffer("bias", F.pad(_bias_of(conv).float(), (0, pad_out)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve stacks [T, H, W, 3C], or lone frames [1, H, W, C] of a stream that starts."""
+        weight = self.stacked if x.shape[-1] == self.stacked.shape[1] else self.last
+        return conv2d_nhwc(x, weight, padding=weight.shape[-1] // 2)
+
+
+class Stream:
+    """One call's view of a `VaeState`: slots as [2, H, W, C], or none for a lone frame."""
+
+    def __init__(self, state: VaeState | None) -> None:
+        self.state = state
+        self.steady = state is not None and state.started
+
+    def feed(self, pending: Pending, conv: FastConv, scale: Tensor | None, *, keep: bool) -> tuple:
+        """Prepare `conv`'s input from `pending` and remember it. Returns (input, total or None)."""
+        if self.steady:
+            assert self.state is not None
+            slot = self.state.slots[conv.path].permute(0, 2, 3, 4, 1)[0]
+            return pending.finish(scale, slot, keep=keep)
+        y, total = pending.finish(scale, keep=keep)
+        if self.state is not None:
+            self.state.store(
+                conv.path, torch.stack([torch.zeros_like(y[0]), y[0]])[None].permute(0, 4, 1, 2, 3)
+            )
+        return y, total
+
+    def forget(self, conv: FastConv, frame: Tensor) -> None:
+        """Zero history for a convolution that the first frame skips. `frame` is [1, H, W, C]."""
+        if self.state is not None:
+            self.state.store(conv.path, frame.new_zeros(2, *frame.shape[1:])[None].permute(0, 4, 1, 2, 3))
+
+
+class FastResidual(nn.Module):
+    """(norm, SiLU, convolution) twice plus the skip connection."""
+
+    scale1: Tensor
+    scale2: Tensor
+
+    def __init__(self, block: ResidualBlock, dtype: torch.dtype) -> None:
+        super().__init__()
+        layers: Any = block.residual
+        self.conv1 = FastConv(layers["2"], dtype)
+        self.conv2 = FastConv(layers["6"], dtype)
+        self.register_buffer("scale1", _scale_of(layers["0"]))
+        self.register_buffer("scale2", _scale_of(layers["3"]))
+        self.shortcut: FastConv | None = None
+        if isinstance(block.shortcut, CausalConv3d):
+            self.shortcut = FastConv(block.shortcut, dtype)
+            self.conv2.bias = self.conv2.bias + self.shortcut.bias
+
+    def forward(self, pending: Pending, stream: Stream) -> Pending:
+        """Finish `pending`, run both convolutions; the skip connection rides along."""
+        x, skip = stream.feed(pending, self.conv1, self.scale1, keep=True)
+        middle = Pending(self.conv1(x), self.conv1.bias)
+        x, _ = stream.feed(middle, self.conv2, self.scale2, keep=False)
+        if self.shortcut is not None:
+            skip = F.linear(skip, self.shortcut.last[:, :, 0, 0])
+        return Pending(self.conv2(x), self.conv2.bias, skip)
+
+
+class FastAttention(nn.Module):
+    """Single-head self-attention within each frame."""
+
+    scale: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor
+    proj: Tensor
+    proj_bias: Tensor
+
+    def __init__(self, block: AttentionBlock, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("scale", _scale_of(block.norm))
+        for name, conv in (("qkv", block.to_qkv), ("proj", block.proj)):
+            self.register_buffer(name, conv.weight.detach().flatten(1).to(dtype))
+            self.register_buffer(f"{name}_bias", _bias_of(conv).to(dtype))
+
+    def forward(self, pending: Pending, stream: Stream) -> Pending:
+        """Attend within each frame; needs no history."""
+        normed, total = pending.finish(self.scale, silu=False)
+        tokens = normed.flatten(1, 2).unsqueeze(1)
+        q, k, v = F.linear(tokens, self.qkv, self.qkv_bias).chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return Pending(F.linear(mixed, self.proj, self.proj_bias).view_as(normed), residual=total)
+
+
+class FastUpsample(nn.Module):
+    """Temporal doubling as a matrix product, then the folded nearest upsampling."""
+
+    phases: Tensor
+    bias: Tensor
+    time: Tensor
+    time_bias: Tensor
+
+    def __init__(self, block: Upsample, dtype: torch.dtype) -> None:
+        super().__init__()
+        conv: Any = block.resample["1"]
+        self.register_buffer("phases", _channels_last(fold_nearest(conv.weight.detach()), dtype))
+        self.register_buffer("bias", _bias_of(conv).float())
+        self.time_conv = None if block.time_conv is None else FastConv(block.time_conv, dtype)
+        if self.time_conv is not None:
+            # [even or odd frame, 3C in, C out], so that both frames come out contiguous
+            matrix = self.time_conv.stacked[:, :, 0, 0].unflatten(0, (2, -1))
+            self.register_buffer("time", matrix.transpose(1, 2).contiguous())
+            self.register_buffer("time_bias", self.time_conv.bias.unflatten(0, (2, 1, -1)).to(dtype))
+
+    def forward(self, pending: Pending, stream: Stream) -> Pending:
+        """[T, H, W, C] -> shuffled [2T, H + 1, W + 1, 2C] (T for a first frame)."""
+        if self.time_conv is None or not stream.steady:
+            x, _ = pending.finish()
+            if self.time_conv is not None:
+                stream.forget(self.time_conv, x)
+        else:
+            stacks, _ = stream.feed(pending, self.time_conv, None, keep=False)
+            x = self._double_time(stacks)
+        return Pending(conv2d_nhwc(x, self.phases), self.bias, shuffled=True)
+
+    def _double_time(self, stacks: Tensor) -> Tensor:
+        """[T, H, W, 3C] -> [2T, H, W, C]."""
+        frames, height, width, _ = stacks.shape
+        rows = stacks.view(frames, 1, height * width, -1)
+        return (torch.matmul(rows, self.time) + self.time_bias).view(2 * frames, height, width, -1)
+
+
+def fold_nearest(weight: Tensor) -> Tensor:
+    """Fold nearest upsampling by two into the 3x3 convolution behind it: [O, C, 3, 3] -> [4O, C, 2, 2].
+
+    Output row 2i + a sees upsampled rows 2i + a - 1 .. 2i + a + 1, that is input rows i - 1, i, i (a = 0) or
+    i, i, i + 1 (a = 1): two rows, the doubled one with the sum of two taps. Run with padding 1, output row r of
+    the 2x2 convolution meets input rows r - 1 and r, so phase a of row i stands at r = i + a. Columns likewise.
+    Channel (2a + b) * O + o is phase (a, b) of output o. Sums are taken in fp32 at least.
+    """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    rows = [_fold_axis(wide, 2, a) for a in (0, 1)]
+    return torch.cat([_fold_axis(row, 3, b) for row in rows for b in (0, 1)])
+
+
+def _fold_axis(weight: Tensor, axis: int, phase: int) -> Tensor:
+    first, middle, last = weight.unbind(axis)
+    taps = (first, middle + last) if phase == 0 else (first + middle, last)
+    return torch.stack(taps, axis)
+
+
+class FastDownsample(nn.Module):
+    """Stride-2 convolution, padded right and below; a lone frame is not halved in time."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, block: Downsample, dtype: torch.dtype) -> None:
+        super().__init__()
+        conv: Any = block.resample["1"]
+        self.register_buffer("weight", _channels_last(conv.weight, dtype))
+        self.register_buffer("bias", _bias_of(conv).float())
+
+    def forward(self, pending: Pending, stream: Stream) -> Pending:
+        """[1, H, W, C] -> [1, H/2, W/2, C]."""
+        x, _ = pending.finish()
+        padded = F.pad(x, (0, 0, 0, 1, 0, 1))
+        return Pending(conv2d_nhwc(padded, self.weight, padding=0, stride=2), self.bias)
+
+
+FAST_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
+    ResidualBlock: FastResidual,
+    AttentionBlock: FastAttention,
+    Upsample: FastUpsample,
+    Downsample: FastDownsample,
+}
+
+
+class FastHalf(nn.Module):
+    """conv1, the blocks and the head of an encoder or decoder."""
+
+    scale: Tensor
+
+    def __init__(
+        self, half: Encoder | Decoder, dtype: torch.dtype, *, pad_in: int = 0, pad_out: int = 0
+    ) -> None:
+        super().__init__()
+        head: Any = half.head
+        self.conv1 = FastConv(half.conv1, dtype, pad_in=pad_in)
+        self.blocks = nn.ModuleList(FAST_BLOCKS[type(block)](block, dtype) for block in half.blocks())
+        self.register_buffer("scale", _scale_of(head["0"]))
+        self.head = FastConv(head["2"], dtype, pad_out=pad_out)
+
+    def forward(self, x: Tensor, state: VaeState | None) -> Tensor:
+        """[T, H, W, C] -> [T', H', W', O] with the head's bias added."""
+        stream = Stream(state)
+        x, _ = stream.feed(Pending(x), self.conv1, None, keep=False)
+        pending = Pending(self.conv1(x), self.conv1.bias)
+        for block in self.blocks:
+            pending = block(pending, stream)
+        x, _ = stream.feed(pending, self.head, self.scale, keep=False)
+        return self.head(x).float() + self.head.bias
+
+
+class FastVae(nn.Module):
+    """Drop-in for `WanVae.decode` and `WanVae.encode_frame`, batch 1, with weights repacked once.
+
+    Args:
+        vae: the plain module; its weights are copied, in the widest precision it holds.
+        dtype: of the decoder. bf16 decoding is as good as fp16.
+        encode_dtype: of the lone-frame encoder. bf16 is refused: inside a causal rollout it costs quality
+            (FastVideo issue 1472: SSIM 0.98 to 0.76).
+    """
+
+    to_raw: Tensor
+    raw_bias: Tensor
+    to_mean: Tensor
+    mean_bias: Tensor
+
+    def __init__(self, vae: WanVae, *, dtype: torch.dtype, encode_dtype: torch.dtype = torch.float16) -> None:
+        super().__init__()
+        if encode_dtype == torch.bfloat16:
+            raise ValueError(
+                "encode_dtype: got bfloat16, expected float16 or wider: bf16 anchors lose quality"
+            )
+        self.config = vae.config
+        self.dtype = dtype
+        self.encode_dtype = encode_dtype
+        self.decoder = FastHalf(vae.decoder, dtype, pad_out=-3 % TENSOR_CORE_CHANNELS)
+        self.encoder = FastHalf(vae.encoder, encode_dtype, pad_in=-3 % TENSOR_CORE_CHANNELS)
+        self._fold_ends(vae)
+
+    def _fold_ends(self, vae: WanVae) -> None:
+        """`conv2((z * std) + mean)` and `(conv1(h) - mean) / std` as one matrix each, in fp32."""
+        mean, std = vae.mean.flatten().float(), vae.std.flatten().float()
+        z = vae.config.z_dim
+        conv2 = vae.conv2.weight.detach().float().flatten(1)
+        conv1 = vae.conv1.weight.detach().float().flatten(1)[:z]
+        self.register_buffer("to_raw", conv2 * std)
+        self.register_buffer("raw_bias", conv2 @ mean + _bias_of(vae.conv2).float())
+        self.register_buffer("to_mean", conv1 / std[:, None])
+        self.register_buffer("mean_bias", (_bias_of(vae.conv1).float()[:z] - mean) / std)
+
+    def decoder_state(self) -> VaeState:
+        """A fresh state for one stream of `decode`; `WanVae.decode` can continue it and the other way round."""
+        return VaeState("decoder")
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, state: VaeState) -> Tensor:
+        """As `WanVae.decode` for [1, z_dim, T, h, w]: fp32 pixels [1, 3, 4T, H, W] in [-1, 1].
+
+        Raises `ValueError` for another batch size, an encoder's state, or a size that changes in the stream.
+        """
+        if latents.shape[0] != 1:
+            raise ValueError(f"got a batch of {latents.shape[0]}, expected 1: decode streams one by one")
+        pieces = []
+        for latent in latents.split(1, dim=2):  # one matrix shape whatever the cut: bit-identical streams
+            raw = F.linear(latent[0].permute(1, 2, 3, 0).float(), self.to_raw, self.raw_bias).to(self.dtype)
+            state.check("decoder", raw.permute(3, 0, 1, 2)[None])
+            pieces.append(self.decoder(raw, state)[..., :3])
+            state.started = True
+        pixels = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return pixels.permute(3, 0, 1, 2)[None].clamp(-1.0, 1.0)
+
+    @torch.no_grad()
+    def encode_frame(self, pixels: Tensor) -> Tensor:
+        """As `WanVae.encode_frame` for [1, 3, 1, H, W]: normalised fp32 mean [1, z_dim, 1, h, w].
+
+        Raises `ValueError` for another shape.
+        """
+        if pixels.shape[:3] != (1, 3, 1):
+            raise ValueError(f"got pixels of shape {list(pixels.shape)}, expected [1, 3, 1, H, W]: one frame")
+        x = F.pad(pixels[0].permute(1, 2, 3, 0), (0, -3 % TENSOR_CORE_CHANNELS)).to(self.encode_dtype)
+        hidden = self.encoder(x.contiguous(), None)
+        return F.linear(hidden, self.to_mean, self.mean_bias).permute(3, 0, 1, 2)[None]

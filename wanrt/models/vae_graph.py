@@ -1,0 +1,98 @@
+"""CUDA graphs of the VAE's three calls: first latent, next latent, lone-frame encode.
+
+A decode is some 120 small launches; replayed as a graph they cost the host one. Shapes and state addresses are
+fixed, so each graph is captured once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from wanrt.models.vae import VaeState
+from wanrt.models.vae_fast import FastVae
+
+WARM_UP_CALLS = 3  # cuDNN picks its algorithms in the first, its workspaces settle in the second
+
+
+class GraphedCall:
+    """One function of one static input tensor, captured after a warm-up.
+
+    Args:
+        function: reads its argument's memory; allocates only through PyTorch.
+        static: the input's home; calls copy into it.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], static: Tensor) -> None:
+        self.static = static
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.backends.cudnn.flags(benchmark=True):
+            for _ in range(WARM_UP_CALLS):
+                function(static)
+            self.graph = torch.cuda.CUDAGraph()
+            side.synchronize()
+            with torch.cuda.graph(self.graph, stream=side):
+                self.output = function(static)
+        torch.cuda.current_stream().wait_stream(side)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Replay on `x`. The result is a copy: the next replay does not touch it."""
+        self.static.copy_(x)
+        self.graph.replay()
+        return self.output.clone()
+
+
+class GraphedVae:
+    """`FastVae` for one stream of one size, with its calls as CUDA graphs. Same methods, same results.
+
+    The graphs hold the addresses of one state, the one `decoder_state` returns; another is refused.
+
+    Args:
+        vae: on a CUDA device.
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+    """
+
+    def __init__(self, vae: FastVae, *, width: int, height: int) -> None:
+        self.vae = vae
+        self.config = vae.config
+        self._state = vae.decoder_state()
+        device = vae.to_raw.device
+        latent = torch.zeros(1, vae.config.z_dim, 1, height // 8, width // 8, device=device)
+        pixels = torch.zeros(1, 3, 1, height, width, device=device)
+        with torch.cuda.device(device):
+            self._first = GraphedCall(self._decode_as(started=False), latent)
+            self._next = GraphedCall(self._decode_as(started=True), latent)
+            self._encode = GraphedCall(vae.encode_frame, pixels)
+        self._state.reset()
+
+    def _decode_as(self, *, started: bool) -> Callable[[Tensor], Tensor]:
+        def decode(latent: Tensor) -> Tensor:
+            self._state.started = started
+            return self.vae.decode(latent, self._state)
+
+        return decode
+
+    def decoder_state(self) -> VaeState:
+        """The state that the graphs update, reset: one stream at a time."""
+        self._state.reset()
+        return self._state
+
+    def decode(self, latents: Tensor, state: VaeState) -> Tensor:
+        """As `FastVae.decode`. Raises `ValueError` for a state that is not this object's own."""
+        if state is not self._state:
+            raise ValueError(
+                "got a foreign VaeState, expected the one from decoder_state(): graphs hold addresses"
+            )
+        pieces = []
+        for latent in latents.split(1, dim=2):
+            pieces.append((self._next if state.started else self._first)(latent))
+            state.started = True
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+    def encode_frame(self, pixels: Tensor) -> Tensor:
+        """As `FastVae.encode_frame`."""
+        return self._encode(pixels)
