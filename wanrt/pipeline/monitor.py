@@ -1,0 +1,118 @@
+"""Tells an observer how a run is going, a few times a second, from a thread that only reads."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from wanrt.panel import LoadStep, Observer, Phase, Queue, Snapshot, memory_now, stage_rows
+from wanrt.telemetry import Recorder
+
+if TYPE_CHECKING:
+    from wanrt.output import QueuedSink
+    from wanrt.pipeline.loop import Frames
+    from wanrt.script import RenderJob
+
+INTERVAL_S = 0.25
+MEMORY_EVERY = 4  # snapshots between two looks at /proc
+
+
+class Monitor:
+    """Snapshots of one run. The run calls `load`, `watch` and `delivered`; the thread does the rest."""
+
+    def __init__(self, job: RenderJob, observer: Observer) -> None:
+        self._job, self._observer = job, observer
+        self._recorder: Recorder | None = None
+        self._sink: QueuedSink | None = None
+        self._steps: dict[str, LoadStep] = {}
+        self._chunk: int | None = None
+        self._phase = Phase.LOADING
+        self._memory = memory_now()
+        self._ticks = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="wanrt-monitor", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread and shows a last snapshot."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._observer.update(self.snapshot())
+
+    def load(self, part: str, seconds: float | None) -> None:
+        """Loading of `part` begins (`seconds` None) or is done."""
+        state = "active" if seconds is None else "done"
+        self._steps = {**self._steps, part: LoadStep(part, state, seconds=seconds)}  # type: ignore[arg-type]
+
+    def watch(self, recorder: Recorder, sink: QueuedSink) -> None:
+        """Loading is over; numbers come from these two from now on."""
+        self._recorder, self._sink = recorder, sink
+        self._phase = Phase.RUNNING
+
+    def delivered(self, frames: Frames) -> None:
+        """A chunk went to the sink."""
+        self._chunk = frames.chunk
+
+    def finishing(self) -> None:
+        """The last frame is made; the file is being completed."""
+        self._phase = Phase.FINISHING
+
+    def snapshot(self) -> Snapshot:
+        """The state of the run now."""
+        job = self._job
+        subtitle = f"{job.preset.name} {job.width}x{job.height} seed {job.seed}"
+        base = Snapshot(
+            phase=self._phase,
+            title=job.title,
+            subtitle=subtitle,
+            output=str(job.output or ""),
+            frames_total=job.frames,
+            fps_target=float(job.fps),
+            memory=self._memory,
+            load=tuple(self._steps.values()),
+            warnings=job.notes,
+        )
+        if self._recorder is None or self._sink is None:
+            return base
+        return self._with_scene(self._with_numbers(base, self._recorder, self._sink))
+
+    def _with_numbers(self, base: Snapshot, recorder: Recorder, sink: QueuedSink) -> Snapshot:
+        stats, queue = recorder.stats(), sink.state
+        return replace(
+            base,
+            elapsed_s=stats.wall_s,
+            frames_done=stats.frames,
+            fps_now=stats.fps_now,
+            fps_mean=stats.fps_mean,
+            time_to_first_frame_s=stats.time_to_first_frame_s,
+            chunk=self._chunk,
+            period_s=stats.period.p50_ms / 1e3 if stats.period.p50_ms else None,
+            stages=stage_rows(recorder, stats),
+            queues=(Queue("encoder", queue.depth, queue.capacity),),
+            encoder_lag_s=queue.depth / float(self._job.fps),
+        )
+
+    def _with_scene(self, base: Snapshot) -> Snapshot:
+        timeline = self._job.timeline
+        now = timeline.at(self._chunk or 0)
+        before = max(now.blend_from, key=lambda pair: pair[1])[0] if now.blend_from else None
+        return replace(
+            base,
+            scene=now.scene + 1,
+            scenes=len(timeline.scenes),
+            prompt=now.text,
+            blend_from=before,
+            blend=now.blend_fraction if before else None,
+        )
+
+    def _work(self) -> None:
+        while not self._stop.wait(INTERVAL_S):
+            self._ticks += 1
+            if self._ticks % MEMORY_EVERY == 0:
+                self._memory = memory_now()
+            self._observer.update(self.snapshot())

@@ -1,0 +1,265 @@
+"""`render`: a job to a finished file, whatever happens on the way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanrt.errors import OutputError, RunError, UsageError, WanrtError
+from wanrt.pipeline.cancel import Cancel, CancelledError
+from wanrt.pipeline.signals import ending_on_signals
+
+if TYPE_CHECKING:
+    from wanrt.output import QueuedSink
+    from wanrt.panel import Observer
+    from wanrt.pipeline.monitor import Monitor
+    from wanrt.script import RenderJob
+    from wanrt.telemetry import Recorder
+
+log = logging.getLogger("wanrt.pipeline")
+
+
+@dataclass(frozen=True)
+class RenderResult:
+    """A finished render. `seconds`: of the whole call; `fps`: pixel frames per second after the first chunk."""
+
+    output: Path
+    frames: int
+    chunks: int
+    seconds: float
+    fps: float | None
+    time_to_first_frame_s: float | None
+
+
+def render(
+    job: RenderJob, observer: Observer, *, cancel: Cancel | None = None, started_ns: int | None = None
+) -> RenderResult:
+    """Makes the video of `job`, tells `observer` how it goes, and closes it.
+
+    The target is checked before anything is loaded. Whatever ends the run (a signal, `cancel`, an error), frames
+    made so far are in a finished file. `started_ns` (`time.perf_counter_ns`): when the command began, for the
+    time to the first frame.
+
+    Raises `UsageError` or `WeightsError` before anything is made, `CancelledError` (exit code 130 or 143) when the
+    run was asked to end, `RunError` or `OutputError` when it failed.
+    """
+    from wanrt.pipeline.monitor import Monitor
+
+    cancel = cancel or Cancel()
+    monitor = Monitor(job, observer)
+    with ending_on_signals(cancel):
+        run = _Run(job, cancel, monitor, started_ns)
+        try:
+            run.prepare()
+            monitor.start()
+            run.go()
+        finally:
+            monitor.stop()
+            observer.close(run.summary())
+    return run.result()
+
+
+class _Run:
+    """One render from its checks to its finished file."""
+
+    def __init__(self, job: RenderJob, cancel: Cancel, monitor: Monitor, started_ns: int | None) -> None:
+        self._job, self._cancel, self._monitor, self._started_ns = job, cancel, monitor, started_ns
+        self._recorder: Recorder | None = None
+        self._output: Path | None = None
+        self._stopped = ""
+        self._error: WanrtError | None = None
+
+    def prepare(self) -> None:
+        """Everything that can be refused without loading a model."""
+        from wanrt.output import check_target
+        from wanrt.pipeline.build import find_files
+
+        job = self._job
+        if job.output is None:
+            raise UsageError("no output file; name one with -o FILE.mp4")
+        self._target = check_target(job.output, job.force, job.codec)
+        for path in (job.stats, job.trace):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise UsageError(
+                    f"{path}: no directory {path.absolute().parent}; create it or choose another path"
+                )
+        self._files = find_files(job)
+
+    def go(self) -> None:
+        """Loads, makes, finishes, writes the measurements."""
+        try:
+            with one_line_errors():
+                self._make()
+        except CancelledError as ended:
+            self._stopped = str(ended)
+            self._error = ended
+        except WanrtError as failed:
+            self._stopped = str(failed)
+            self._error = failed
+        self._write_measurements()
+        if self._error is not None:
+            raise self._error
+
+    def _make(self) -> None:
+        from wanrt.pipeline.build import Wiring, build_pipeline, make_recorder
+        from wanrt.pipeline.devices import choose_device, set_threads
+
+        job = self._job
+        device = choose_device(job.device)
+        log.info("device %s, %d threads", device, set_threads(device))
+        self._recorder = recorder = make_recorder(job, device, self._started_ns)
+        wiring = Wiring(recorder, self._cancel.check, self._monitor.load)
+        pipeline = build_pipeline(job, self._files, device, wiring)
+        sink = self._open_sink(recorder)
+        self._monitor.watch(recorder, sink)
+        try:
+            for frames in pipeline.run():
+                sink.write(frames.pixels)
+                sink.flush_chunk()
+                self._monitor.delivered(frames)
+        finally:
+            pipeline.close()
+            self._monitor.finishing()
+            self._finish(sink)
+
+    def _open_sink(self, recorder: Recorder) -> QueuedSink:
+        from wanrt.output import QueuedSink, VideoSpec, open_sink
+        from wanrt.pipeline.encoding import RecordedSink
+
+        job = self._job
+        assert job.output is not None
+        sink = open_sink(
+            job.output,
+            VideoSpec(job.width, job.height, job.fps),
+            codec=job.codec,
+            **({} if job.quality is None else {"quality": f"crf={job.quality}"}),  # type: ignore[arg-type]
+            metadata=metadata(job),
+            force=job.force,
+        )
+        return QueuedSink(RecordedSink(sink, recorder))
+
+    def _finish(self, sink: QueuedSink) -> None:
+        """Completes the file with the whole chunks that were made; without any, leaves nothing behind."""
+        if sink.frames_written:
+            self._output = sink.finish()
+        else:
+            sink.abort()
+
+    def _write_measurements(self) -> None:
+        if self._recorder is None:
+            return
+        for path, write in (
+            (self._job.stats, self._recorder.write_stats),
+            (self._job.trace, self._recorder.write_trace),
+        ):
+            if path is None:
+                continue
+            try:
+                write(path, settings(self._job))
+            except OutputError as failed:
+                self._error = self._error or failed
+
+    def summary(self):  # type: ignore[no-untyped-def]
+        """How it ended, for the observer; None when nothing was started."""
+        from wanrt.panel import Summary
+
+        if self._recorder is None:
+            return None
+        stats = self._recorder.stats()
+        return Summary(
+            output=str(self._output or self._job.output),
+            frames=stats.frames,
+            seconds=stats.wall_s,
+            fps=stats.fps_mean,
+            size=self._output.stat().st_size if self._output and self._output.exists() else None,
+            video_seconds=float(stats.frames / self._job.fps),
+            time_to_first_frame_s=stats.time_to_first_frame_s,
+            stopped=self._stopped,
+            notes=("random weights: the picture means nothing",) if self._job.random_weights else (),
+        )
+
+    def result(self) -> RenderResult:
+        """What `render` returns."""
+        assert self._recorder is not None
+        assert self._output is not None
+        stats = self._recorder.stats()
+        return RenderResult(
+            self._output,
+            stats.frames,
+            stats.chunks,
+            stats.wall_s,
+            stats.fps_mean,
+            stats.time_to_first_frame_s,
+        )
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Out of memory, and anything unforeseen, as a `RunError` of one line; wanrt's own errors pass."""
+    try:
+        yield
+    except WanrtError:
+        raise
+    except Exception as error:
+        log.debug("the run failed", exc_info=error)
+        raise RunError(_describe(error)) from error
+
+
+def _describe(error: Exception) -> str:
+    name = type(error).__name__
+    words = " ".join(str(error).split())
+    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in words:
+        return f"out of memory ({words[:160]}); choose a smaller --size or --window, or another --device"
+    return f"unexpected {name}: {words[:300]} (--debug shows where)"
+
+
+def settings(job: RenderJob) -> Mapping[str, object]:
+    """What a run was made with, for stats and trace."""
+    names = (
+        "seed",
+        "width",
+        "height",
+        "frames",
+        "steps",
+        "window",
+        "bias",
+        "anchor",
+        "topology",
+        "precision",
+    )
+    chosen = {name: getattr(job, name) for name in names}
+    return {
+        "preset": job.preset.name,
+        **chosen,
+        "fps": str(job.fps),
+        "device": job.device,
+        "random_weights": job.random_weights,
+    }
+
+
+def metadata(job: RenderJob) -> Mapping[str, object]:
+    """What a file says about its making."""
+    from wanrt import __version__
+
+    about: dict[str, object] = {
+        "prompt": " | ".join(scene_text(scene.prompts) for scene in job.timeline.scenes),
+        "seed": job.seed,
+        "preset": job.preset.name,
+        "wanrt": __version__,
+    }
+    if job.title:
+        about["title"] = job.title
+    if job.random_weights:
+        about["weights"] = "random: the picture means nothing"
+    return about
+
+
+def scene_text(prompts: tuple[tuple[str, float], ...]) -> str:
+    """A scene's prompts in one line, with their weights where there are several."""
+    if len(prompts) == 1:
+        return prompts[0][0]
+    return " + ".join(f"{weight:g} {text}" for text, weight in prompts)

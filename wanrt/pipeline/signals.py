@@ -1,0 +1,40 @@
+"""SIGINT and SIGTERM become a polite end; a second one is not polite."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from wanrt.pipeline.cancel import Cancel
+
+log = logging.getLogger("wanrt.pipeline")
+
+
+@contextmanager
+def ending_on_signals(cancel: Cancel) -> Iterator[None]:
+    """Inside the block the first SIGINT or SIGTERM asks `cancel`; a second kills the process at once.
+
+    Handlers are restored at the end. Outside the main thread Python sets no handlers: then this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        log.debug("signals are not handled: the run is not on the main thread")
+        yield
+        return
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        if cancel.asked:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        cancel.ask(signum)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
