@@ -157,6 +157,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         done = build().main(arguments, prog_name="wanrt", standalone_mode=False)
         sys.stdout.flush()
+        if done == INTERRUPTED:  # Typer turns Ctrl-C into this
+            _complain("interrupted")
         return done if isinstance(done, int) else OK
     except ClickException as bad:
         return _wrong_use(bad)
