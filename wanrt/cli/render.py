@@ -11,6 +11,7 @@ Text = str | None
 
 
 def command(
+    context: typer.Context,
     prompt: Annotated[
         str,
         typer.Argument(
@@ -77,7 +78,8 @@ def command(
         "codec": codec, "quality": quality, "stats": stats, "trace": trace, "force": force,
     }  # fmt: skip
     job = build_job(read_script(prompt, sys.stdin.buffer), flags)
-    with observing(mode, job.notes) as observer:
-        from wanrt.pipeline import render  # type: ignore[attr-defined]
+    with observing(mode) as observer:
+        from wanrt.pipeline import render
 
-        render(job, observer)
+        result = render(job, observer, started_ns=context.obj)
+    print(result.output)
