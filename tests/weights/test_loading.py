@@ -1,0 +1,320 @@
+"""Checkpoints into modules: every naming, every wrapper, every dtype, strictly."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from wanrt.errors import WeightsError
+from wanrt.models.transformer import WanTransformer
+from wanrt.models.vae import VaeConfig, WanVae
+from wanrt.weights.checkpoint import identify, open_checkpoint
+from wanrt.weights.loading import (
+    build_on_meta,
+    fill,
+    is_finite,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+)
+from wanrt.weights.names import Kind, Naming
+from wanrt.weights.precision import stored_dtype
+from wanrt.weights.sources import TensorsSource
+
+LOADERS = {Kind.TRANSFORMER: load_transformer, Kind.VAE: load_vae, Kind.TEXT_ENCODER: load_text_encoder}
+KINDS = tuple(LOADERS)
+
+
+def assert_loaded(model, zoo, kind, dtype=torch.float32):
+    state = model.state_dict()
+    want = zoo.state(kind)
+    assert list(state) == list(want)
+    for name, tensor in want.items():
+        expected = tensor.to(stored_dtype(kind, name, dtype))
+        assert state[name].dtype is expected.dtype
+        assert state[name].equal(expected), name
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["original", "other names"])
+@pytest.mark.parametrize("writer", ["safetensors", "sharded", "zip", "legacy"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_naming_and_format(kind, writer, foreign, zoo, tmp_path):
+    state = zoo.foreign_state(kind) if foreign else zoo.state(kind)
+    path = tmp_path / "weights"
+    match writer:
+        case "safetensors":
+            save_file({n: t.contiguous() for n, t in state.items()}, path)
+        case "sharded":
+            path = zoo.shard(state, tmp_path)
+        case _:
+            torch.save(state, path, _use_new_zipfile_serialization=writer == "zip")
+    model = LOADERS[kind](path, zoo.configs[kind], dtype=torch.float32)
+    assert_loaded(model, zoo, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_are_read_from_the_file(kind, zoo, tmp_path):
+    path = tmp_path / "x"
+    save_file(zoo.state(kind), path)
+    checkpoint = open_checkpoint(path)
+    assert (checkpoint.kind, checkpoint.naming) == (kind, Naming.ORIGINAL)
+    config = zoo.configs[kind]
+    if kind is Kind.TRANSFORMER:  # text_len is in no shape
+        from dataclasses import replace
+
+        config = replace(config, text_len=512)
+    assert checkpoint.config == config
+    assert_loaded(LOADERS[kind](path, dtype=torch.float32), zoo, kind)
+
+
+@pytest.mark.parametrize(
+    ("entry", "prefix"),
+    [
+        (None, "model."),
+        (None, "module."),
+        (None, "_orig_mod."),
+        ("generator", "model."),
+        ("generator_ema", "model._fsdp_wrapped_module."),
+        ("model", ""),
+        ("generator", "module.model._orig_mod."),
+        ("state_dict", "model.diffusion_model."),
+    ],
+)
+def test_wrapped_fine_tunes(entry, prefix, zoo, tmp_path):
+    state = {prefix + name: t for name, t in zoo.state(Kind.TRANSFORMER).items()}
+    path = tmp_path / "fine_tune.pt"
+    torch.save({entry: state, "step": 3} if entry else state, path)
+    assert_loaded(
+        load_transformer(path, zoo.configs[Kind.TRANSFORMER], dtype=torch.float32), zoo, Kind.TRANSFORMER
+    )
+
+
+def test_fsdp_names_inside_the_blocks(zoo, tmp_path):
+    state = {
+        "model." + name.replace("blocks.0.", "blocks.0._fsdp_wrapped_module."): t
+        for name, t in zoo.state(Kind.TRANSFORMER).items()
+    }
+    path = tmp_path / "fsdp.pt"
+    torch.save({"generator": state}, path)
+    assert_loaded(load_transformer(path, dtype=torch.float32), zoo, Kind.TRANSFORMER)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtypes(kind, dtype, zoo, tmp_path):
+    path = tmp_path / "x"
+    save_file(zoo.state(kind), path)
+    assert_loaded(LOADERS[kind](path, zoo.configs[kind], dtype=dtype), zoo, kind, dtype)
+
+
+def test_fp32_parameters_of_the_transformer(zoo):
+    kept = {
+        n
+        for n in zoo.state(Kind.TRANSFORMER)
+        if stored_dtype(Kind.TRANSFORMER, n, torch.bfloat16).itemsize == 4
+    }
+    assert "blocks.0.modulation" in kept
+    assert "head.modulation" in kept
+    assert "time_projection.1.weight" in kept
+    assert "blocks.1.self_attn.norm_q.weight" in kept
+    assert not any(".q." in n or "ffn" in n or "text_embedding" in n or "patch" in n for n in kept)
+
+
+def findings(path, loader, config) -> str:
+    with pytest.raises(WeightsError) as caught:
+        loader(path, config, dtype=torch.float32)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_extra_and_misshapen_are_listed(zoo, tmp_path):
+    state = zoo.state(Kind.TRANSFORMER)
+    del state["blocks.1.ffn.0.weight"]
+    state["img_emb.proj.weight"] = torch.zeros(3, 4)
+    state["head.head.bias"] = torch.zeros(5)
+    path = tmp_path / "x"
+    save_file(state, path)
+    message = findings(path, load_transformer, zoo.configs[Kind.TRANSFORMER])
+    assert "missing blocks.1.ffn.0.weight [96, 256]" in message
+    assert "extra img_emb.proj.weight [3, 4]" in message
+    assert "head.head.bias is [5], expected [64]" in message
+
+
+def test_only_the_first_ten_are_spelled_out(zoo, tmp_path):
+    state = {n: t for n, t in zoo.state(Kind.TRANSFORMER).items() if "blocks.1" not in n}
+    path = tmp_path / "x"
+    save_file(state, path)
+    message = findings(path, load_transformer, zoo.configs[Kind.TRANSFORMER])
+    assert message.count("missing ") == 10
+    assert "and 17 more" in message
+    assert "1 layers" in message  # what it is instead
+
+
+def test_a_foreign_naming_with_an_extra_tensor(zoo, tmp_path):
+    state = zoo.foreign_state(Kind.VAE) | {"loss.logvar": torch.zeros(1)}
+    path = tmp_path / "x"
+    save_file({n: t.contiguous() for n, t in state.items()}, path)
+    assert "extra loss.logvar [1]" in findings(path, load_vae, None)
+
+
+def test_an_original_name_among_diffusers_names_is_not_swallowed(zoo, tmp_path):
+    state = zoo.foreign_state(Kind.VAE)
+    state["encoder.conv1.weight"] = state["encoder.conv_in.weight"].clone()
+    path = tmp_path / "x"
+    save_file({n: t.contiguous() for n, t in state.items()}, path)
+    assert "encoder.conv1.weight" in findings(path, load_vae, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_kind_is_named(kind, zoo, tmp_path):
+    path = tmp_path / "x"
+    save_file(zoo.state(kind), path)
+    for other, loader in LOADERS.items():
+        if other is not kind:
+            message = findings(path, loader, None)
+            assert "got " in message
+            assert f"expected a {other}" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite_is_refused(value, zoo, tmp_path):
+    state = zoo.state(Kind.TEXT_ENCODER)
+    state["blocks.1.attn.v.weight"][3, 4] = value
+    path = tmp_path / "x"
+    save_file(state, path)
+    message = findings(path, load_text_encoder, None)
+    assert "NaN or Inf in 1 tensors: blocks.1.attn.v.weight" in message
+
+
+def test_overflow_of_the_target_dtype_is_refused(zoo, tmp_path):
+    state = zoo.state(Kind.TEXT_ENCODER)
+    state["norm.weight"][0] = 1e30
+    path = tmp_path / "x"
+    save_file(state, path)
+    load_text_encoder(path, dtype=torch.bfloat16)
+    with pytest.raises(WeightsError, match="wider dtype"):
+        load_text_encoder(path, dtype=torch.float16)
+
+
+def test_is_finite():
+    assert is_finite(torch.ones(3))
+    assert is_finite(torch.empty(0))
+    assert not is_finite(torch.tensor([1.0, float("nan")]))
+    assert not is_finite(torch.tensor([1.0, -float("inf")], dtype=torch.bfloat16))
+
+
+def test_integer_weights_are_refused(zoo, tmp_path):
+    state = zoo.state(Kind.TEXT_ENCODER)
+    state["norm.weight"] = torch.ones(48, dtype=torch.int8)
+    path = tmp_path / "x"
+    save_file(state, path)
+    assert "quantised" in findings(path, load_text_encoder, None)
+
+
+def test_fp8_weights_are_widened(zoo, tmp_path):
+    state = zoo.state(Kind.TEXT_ENCODER)
+    state["blocks.0.ffn.fc1.weight"] = state["blocks.0.ffn.fc1.weight"].to(torch.float8_e4m3fn)
+    path = tmp_path / "x"
+    save_file(state, path)
+    model = load_text_encoder(path, dtype=torch.bfloat16)
+    assert model.blocks[0].ffn.fc1.weight.equal(state["blocks.0.ffn.fc1.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_slices_equal_the_slices_of_the_whole(seed, zoo, tmp_path):
+    """A rank of two reads half of every matrix's rows, of the sources that can slice and those that cannot."""
+    state = zoo.state(Kind.TEXT_ENCODER)
+    path = tmp_path / "x"
+    torch.save(state, path) if seed else save_file(state, path)
+    rank = seed % 2
+
+    def half_of_rows(name, shape):
+        step = shape[0] // 2
+        return (slice(rank * step, (rank + 1) * step), *[slice(None)] * (len(shape) - 1))
+
+    def half(tensor):
+        return tensor[half_of_rows("", tensor.shape)]
+
+    module = build_on_meta(lambda: type(zoo.model(Kind.TEXT_ENCODER))(zoo.configs[Kind.TEXT_ENCODER]))
+    for owner in module.modules():
+        for name, p in list(owner.named_parameters(recurse=False)):
+            setattr(owner, name, torch.nn.Parameter(half(p)))
+    fill(module, open_checkpoint(path), "cpu", torch.float32, slicer=half_of_rows)
+    for name, tensor in module.state_dict().items():
+        assert tensor.equal(half(state[name])), name
+
+
+def test_the_public_layouts_are_recognised():
+    """Names and sizes of the published checkpoints, from modules of their sizes built on meta."""
+    for build, said in (
+        (
+            lambda: WanTransformer(_config(5120, 13824, 40)),
+            "Wan transformer 14.3B (dim 5120, 40 layers), float32",
+        ),
+        (
+            lambda: WanTransformer(_config(1536, 8960, 30)),
+            "Wan transformer 1.4B (dim 1536, 30 layers), float32",
+        ),
+        (lambda: WanVae(VaeConfig()), "Wan VAE 126.9M (base dim 96), float32"),
+        (lambda: WanVae(VaeConfig(base_dim=24)), "Wan VAE 8.0M (base dim 24), float32"),
+    ):
+        checkpoint = identify(TensorsSource(build_on_meta(build).state_dict(), "meta"))
+        assert checkpoint.describe() == said
+
+
+def _config(dim, ffn_dim, num_layers):
+    from wanrt.models.transformer import TransformerConfig
+
+    return TransformerConfig(dim=dim, ffn_dim=ffn_dim, num_layers=num_layers, num_heads=dim // 128)
+
+
+MEASURE = """
+import sys, threading, time, torch
+from wanrt.models.text_encoder import TextEncoderConfig, UMT5Encoder
+from wanrt.weights.loading import build_on_meta, is_finite, load_text_encoder
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
+
+peak, done = 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+build_on_meta(lambda: UMT5Encoder(TextEncoderConfig(vocab=9, dim=8, attn_dim=8, num_heads=2, ffn_dim=8, num_layers=1)))
+is_finite(torch.ones(9))
+before = anonymous()
+watcher = threading.Thread(target=watch); watcher.start()
+model = load_text_encoder(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+done = True; watcher.join()
+print(max(peak, anonymous()) - before, sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")  # noqa: PTH110
+@pytest.mark.parametrize(("target", "bound"), [("bfloat16", 0.1), ("float32", 1.15)])
+@pytest.mark.parametrize("writer", ["safetensors", "zip"])
+def test_memory_is_taken_once(writer, target, bound, tmp_path):
+    """A 115 MB file in bf16: as it is, it stays mapped; converted, there is one copy and never two."""
+    from wanrt.models.text_encoder import TextEncoderConfig, UMT5Encoder
+
+    config = TextEncoderConfig(vocab=8192, dim=1024, attn_dim=1024, ffn_dim=2816, num_heads=16, num_layers=4)
+    with torch.device("meta"):
+        names = UMT5Encoder(config).state_dict()
+    state = {n: torch.ones(t.shape, dtype=torch.bfloat16) for n, t in names.items()}
+    path = tmp_path / "x"
+    save_file(state, path) if writer == "safetensors" else torch.save(state, path)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path), target], capture_output=True, text=True, check=True
+    )
+    grown, size = map(int, run.stdout.split())
+    assert grown <= bound * size, json.dumps({"grown MB": grown / 1e6, "model MB": size / 1e6})

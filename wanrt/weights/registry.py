@@ -1,0 +1,221 @@
+"""Where the files of a preset are: the directories searched, what is missing, how to get it.
+
+Imports no torch until it has to look into a file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import platformdirs
+
+from wanrt.errors import WeightsError
+
+if TYPE_CHECKING:
+    from wanrt.script.preset import Preset
+    from wanrt.weights.checkpoint import Checkpoint
+
+logger = logging.getLogger("wanrt.weights")
+
+VARIABLE = "WANRT_WEIGHTS"  # environment: the weights directory, in place of the user's data directory
+PARTS = ("transformer", "lora", "vae", "text_encoder", "tokenizer")
+
+# Names of the embedded model's files inside the wheel (wanrt/tiny/assets), and in a directory that replaces them.
+EMBEDDED = {
+    "transformer": ("transformer.safetensors",),
+    "vae": ("vae.safetensors",),
+    "text_encoder": ("text_encoder.safetensors",),
+    "tokenizer": ("tokenizer.json",),
+}
+# Parts that are the same network for every model, so that a file may be known by what it holds. Transformers are
+# not among them: the public Wan2.1 1.3B, which is not causal, has the very tensors of its causal fine-tunes.
+KNOWN_BY_CONTENT = ("vae", "text_encoder")
+MAX_DEPTH = 4  # directory levels below a weights directory that are looked into
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of one model."""
+
+    transformer: Path
+    vae: Path
+    text_encoder: Path
+    tokenizer: Path
+    lora: Path | None = None
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file on a Hugging Face hub: repository `owner/name` and the path in it."""
+
+    repository: str
+    path: str
+
+    @classmethod
+    def parse(cls, text: str) -> HubFile:
+        """Read `owner/name:path/in/it`. Raises WeightsError for anything else."""
+        repository, _, path = text.partition(":")
+        if repository.count("/") != 1 or not path or path.startswith("/") or ".." in path.split("/"):
+            raise WeightsError(f"hub source {text!r}: expected owner/repository:path")
+        return cls(repository, path)
+
+    def local(self, directory: Path) -> Path:
+        """Where the file belongs in a weights directory: `<repository's name>/<path>`, as people download by hand."""
+        return directory / self.repository.split("/")[1] / self.path
+
+
+def data_directory() -> Path:
+    """The user's own weights directory; need not exist."""
+    return Path(platformdirs.user_data_dir("wanrt", appauthor=False)) / "weights"
+
+
+def weights_directory(weights: Path | None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where `wanrt weights pull` puts files: `--weights`, or WANRT_WEIGHTS, or the user's data directory."""
+    if weights is not None:
+        return weights
+    return Path(environ[VARIABLE]).expanduser() if environ.get(VARIABLE) else data_directory()
+
+
+def search_directories(weights: Path | None, environ: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
+    """Directories that are searched, in order. Raises WeightsError when `weights` is given and not there.
+
+    `weights` may also be a checkpoint of the transformer: then its directory comes first.
+    """
+    if weights is not None and not weights.exists():
+        raise WeightsError(
+            f"{weights}: no such file or directory; expected a weights directory or a checkpoint"
+        )
+    first = [] if weights is None else [weights if weights.is_dir() else weights.parent]
+    return tuple(dict.fromkeys([*first, weights_directory(None, environ)]))
+
+
+def resolve(preset: Preset, weights: Path | None, environ: Mapping[str, str] = os.environ) -> ModelFiles:
+    """The files of a preset, without reading tensors.
+
+    `weights` is a directory that is searched first, or a checkpoint to use as the transformer; then come
+    WANRT_WEIGHTS or the user's data directory, and for an embedded model the wheel.
+
+    Raises WeightsError that names what is missing, where it was looked for, and the command that fetches it.
+    """
+    directories = search_directories(weights, environ)
+    found = find_parts(preset, directories)
+    if weights is not None and weights.is_file():
+        found["transformer"] = weights
+    missing = [part for part in wanted_parts(preset) if part not in found]
+    if missing:
+        raise WeightsError(_missing(preset, missing, directories))
+    for part, path in found.items():
+        logger.info("%s: %s is %s", preset.name, part, path)
+    return ModelFiles(**found)
+
+
+def wanted_parts(preset: Preset) -> tuple[str, ...]:
+    """Parts that a preset needs; the LoRA only where it names one."""
+    return tuple(part for part in PARTS if part != "lora" or preset.weights.lora)
+
+
+def find_parts(preset: Preset, directories: tuple[Path, ...]) -> dict[str, Path]:
+    """Part -> file, for the parts that are there."""
+    found = {part: _find(preset, part, directories) for part in wanted_parts(preset)}
+    return {part: path for part, path in found.items() if path is not None}
+
+
+def file_names(preset: Preset, part: str) -> tuple[str, ...]:
+    """Paths, relative to a weights directory, that a part may have; best first."""
+    names = EMBEDDED.get(part, ()) if preset.weights.embedded else getattr(preset.weights, part)
+    source = hub_file(preset, part)
+    return (*([str(source.local(Path()))] if source else []), *names)
+
+
+def hub_file(preset: Preset, part: str) -> HubFile | None:
+    """Where a part can be pulled from, or None."""
+    text = preset.weights.hub.get(part)
+    return HubFile.parse(text) if text else None
+
+
+def checkpoint_files(directory: Path) -> Iterator[Path]:
+    """Every checkpoint below a directory (indexes stand for their shards), hidden directories left out."""
+    from wanrt.weights.sources import find_checkpoints
+
+    for folder, depth in _folders(directory, 0):
+        if depth <= MAX_DEPTH:
+            yield from find_checkpoints(folder)
+
+
+def fits(preset: Preset, part: str, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is of this part's kind and sizes; what no shape tells is left out of the comparison."""
+    from dataclasses import replace
+
+    from wanrt.models.text_encoder import TextEncoderConfig
+    from wanrt.models.transformer import TransformerConfig
+    from wanrt.models.vae import VaeConfig
+
+    match part, checkpoint.config:
+        case "transformer", TransformerConfig() as got:
+            want = preset.transformer_config()
+            same_width = got.dim == want.dim
+            return same_width and replace(got, text_len=want.text_len, num_heads=want.num_heads) == want
+        case "vae", VaeConfig() as got:
+            want_vae = preset.vae_config()
+            same = replace(got, latents_mean=want_vae.latents_mean, latents_std=want_vae.latents_std)
+            return preset.vae.kind == "wan" and same == want_vae
+        case "text_encoder", TextEncoderConfig() as got:
+            return got == preset.text_config()
+    return part == "vae" and preset.vae.kind == "taehv" and checkpoint.kind == "tiny vae"
+
+
+def _find(preset: Preset, part: str, directories: tuple[Path, ...]) -> Path | None:
+    for directory in directories:
+        for name in file_names(preset, part):
+            if (directory / name).is_file():
+                return directory / name
+    if part in KNOWN_BY_CONTENT and not preset.weights.embedded:
+        return _find_by_content(preset, part, directories)
+    return _asset(part) if preset.weights.embedded else None
+
+
+def _find_by_content(preset: Preset, part: str, directories: tuple[Path, ...]) -> Path | None:
+    """The first file that holds this part under whatever name; foreign and damaged files are passed over."""
+    from wanrt.weights.checkpoint import open_checkpoint
+
+    for path in (path for directory in directories for path in checkpoint_files(directory)):
+        try:
+            checkpoint = open_checkpoint(path)
+        except WeightsError as error:
+            logger.info("passed over: %s", error)
+            continue
+        if fits(preset, part, checkpoint):
+            return path
+    return None
+
+
+def _asset(part: str) -> Path | None:
+    """A file of the embedded model."""
+    assets = Path(str(resources.files("wanrt.tiny"))) / "assets"
+    paths = (assets / name for name in EMBEDDED.get(part, ()))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _folders(directory: Path, depth: int) -> Iterator[tuple[Path, int]]:
+    yield directory, depth
+    if depth >= MAX_DEPTH or not directory.is_dir():
+        return
+    for entry in sorted(directory.iterdir()):
+        if entry.is_dir() and not entry.name.startswith("."):
+            yield from _folders(entry, depth + 1)
+
+
+def _missing(preset: Preset, missing: list[str], directories: tuple[Path, ...]) -> str:
+    parts = ", ".join(f"{part.replace('_', ' ')} ({file_names(preset, part)[-1]})" for part in missing)
+    where = ", ".join(map(str, directories))
+    if preset.weights.embedded:
+        return f"{preset.name}: this installation lacks its embedded {parts}; reinstall wanrt"
+    if all(hub_file(preset, part) for part in missing):
+        return f"{preset.name}: missing {parts}; searched {where}; get them with: wanrt weights pull {preset.name}"
+    return f"{preset.name}: missing {parts}; searched {where}; put them there or name the directory with --weights"

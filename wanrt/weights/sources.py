@@ -1,0 +1,330 @@
+"""Where tensors come from: safetensors (one file, or shards with an index), torch pickles, nothing at all.
+
+A `TensorSource` knows names, shapes and dtypes without reading data, and reads one tensor, or a slice of one, when
+asked. What a file is, is decided by its first bytes, never by its name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from wanrt.errors import WeightsError
+
+logger = logging.getLogger("wanrt.weights")
+
+Index = tuple[slice, ...]
+
+# Entries of a training checkpoint that hold the model, best first. Self-Forcing's README samples with the EMA
+# weights (guandeh17/Self-Forcing README.md at 33593df), so they win where a file has both.
+MODEL_ENTRIES = ("generator_ema", "generator", "model_ema", "model", "state_dict", "module")
+
+# The dtypes of safetensors' header (safetensors `Dtype`) that weights come in.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorSource(ABC):
+    """Named tensors that are read on demand."""
+
+    path: Path
+
+    @abstractmethod
+    def names(self) -> Sequence[str]:
+        """All tensor names, as the file has them."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. Reads no data; raises KeyError for a name that is not there."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, as stored."""
+
+    @abstractmethod
+    def read(self, name: str, index: Index | None = None) -> Tensor:
+        """The tensor on the CPU in its stored dtype, or the part of it that `index` (one slice per axis) selects.
+
+        Whole tensors are views of the memory-mapped file where that is possible: treat them as read-only.
+        """
+
+    def metadata(self) -> Mapping[str, str]:
+        """Free text that the file carries about itself."""
+        return {}
+
+
+class SafetensorsSource(TensorSource):
+    """One memory-mapped safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises WeightsError when the header is damaged or promises more bytes than the file has."""
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+            self._names = dict.fromkeys(self._file.keys())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise WeightsError(
+                f"{path}: damaged safetensors file ({_one_line(error)}); fetch it again"
+            ) from error
+
+    def names(self) -> Sequence[str]:
+        """See TensorSource."""
+        return tuple(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See TensorSource."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See TensorSource. Raises WeightsError for a dtype that torch does not know."""
+        code = self._slice(name).get_dtype()
+        if code not in _DTYPES:
+            raise WeightsError(f"{self.path}: {name} has dtype {code}; expected one of {', '.join(_DTYPES)}")
+        return _DTYPES[code]
+
+    def read(self, name: str, index: Index | None = None) -> Tensor:
+        """See TensorSource."""
+        if index is None:
+            return self._file.get_tensor(name)
+        return self._slice(name)[index]
+
+    def metadata(self) -> Mapping[str, str]:
+        """See TensorSource."""
+        return self._file.metadata() or {}
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_slice(name)
+
+
+class ShardedSource(TensorSource):
+    """Safetensors shards behind a Hugging Face index (`*.safetensors.index.json`)."""
+
+    def __init__(self, index_path: Path) -> None:
+        """Raises WeightsError for a damaged index, a shard that is missing, or a tensor that its shard lacks."""
+        self.path = index_path
+        self._home = _read_index(index_path)
+        shards = sorted(set(self._home.values()))
+        missing = [shard for shard in shards if not (index_path.parent / shard).is_file()]
+        if missing:
+            raise WeightsError(
+                f"{index_path}: {len(missing)} of {len(shards)} shards are missing, first {missing[0]};"
+                " fetch them into the same directory"
+            )
+        self._shards = {shard: SafetensorsSource(index_path.parent / shard) for shard in shards}
+        for shard, source in self._shards.items():
+            wanted = {name for name, home in self._home.items() if home == shard}
+            if absent := wanted.difference(source.names()):
+                raise WeightsError(
+                    f"{source.path}: lacks {len(absent)} tensors that {index_path.name} promises,"
+                    f" first {min(absent)}; fetch the shard again"
+                )
+
+    def names(self) -> Sequence[str]:
+        """See TensorSource."""
+        return tuple(self._home)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See TensorSource."""
+        return self._shards[self._home[name]].shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See TensorSource."""
+        return self._shards[self._home[name]].dtype(name)
+
+    def read(self, name: str, index: Index | None = None) -> Tensor:
+        """See TensorSource."""
+        return self._shards[self._home[name]].read(name, index)
+
+
+class TensorsSource(TensorSource):
+    """Tensors already in memory, or memory-mapped by torch: a pickle, or what a test made."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        self.path = path
+        self._tensors = tensors
+
+    def names(self) -> Sequence[str]:
+        """See TensorSource."""
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See TensorSource."""
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See TensorSource."""
+        return self._tensors[name].dtype
+
+    def read(self, name: str, index: Index | None = None) -> Tensor:
+        """See TensorSource."""
+        tensor = self._tensors[name].detach()
+        return tensor if index is None else tensor[index]
+
+
+def open_source(path: str | Path, entries: Sequence[str] = MODEL_ENTRIES) -> TensorSource:
+    """Open a checkpoint: a safetensors file, an index, a torch pickle, or a directory that holds one of them.
+
+    Of a pickled training checkpoint the first of `entries` that is there is taken. Raises WeightsError, in one
+    line, for everything else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _only_checkpoint(path)
+    if not path.is_file():
+        raise WeightsError(
+            f"{path}: no such file; expected a checkpoint (.safetensors, .index.json, .pt, .pth)"
+        )
+    head = _first_bytes(path)
+    # First, because the header length that a safetensors file begins with may look like a pickle's first byte.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return SafetensorsSource(path)
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return _open_pickle(path, entries, mapped=head.startswith(b"PK"))
+    if head.lstrip().startswith(b"{"):
+        return ShardedSource(path)
+    raise WeightsError(f"{path}: {_name_foreign(path, head)}; expected safetensors or a torch checkpoint")
+
+
+def find_checkpoints(directory: Path) -> list[Path]:
+    """Files of a directory that may be checkpoints: indexes, files without one, no shard of an index."""
+    indexes = sorted(directory.glob("*.safetensors.index.json"))
+    shards = {shard for index in indexes for shard in _shards_of(index)}
+    single = [
+        path
+        for pattern in ("*.safetensors", "*.pt", "*.pth", "*.bin", "*.ckpt")
+        for path in sorted(directory.glob(pattern))
+        if path.name not in shards and path.is_file()
+    ]
+    return indexes + single
+
+
+def _only_checkpoint(directory: Path) -> Path:
+    found = find_checkpoints(directory)
+    if len(found) == 1:
+        return found[0]
+    got = ", ".join(path.name for path in found[:4]) or "none"
+    raise WeightsError(
+        f"{directory}: a directory with {len(found)} checkpoints ({got}); name the file itself"
+    )
+
+
+def _shards_of(index: Path) -> set[str]:
+    try:
+        return set(_read_index(index).values())
+    except WeightsError:
+        return set()  # a damaged index hides no file; opening it says what is wrong
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard file name. Shards must lie beside the index: a path elsewhere is refused."""
+    try:
+        home = json.loads(path.read_text("utf-8"))["weight_map"]
+        well_formed = isinstance(home, dict) and home and all(isinstance(v, str) for v in home.values())
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WeightsError(f"{path}: not a safetensors index ({_one_line(error)})") from error
+    if not well_formed:
+        raise WeightsError(f"{path}: not a safetensors index; expected weight_map: tensor name -> shard file")
+    outside = [shard for shard in home.values() if shard != Path(shard).name or shard in ("", ".", "..")]
+    if outside:
+        raise WeightsError(
+            f"{path}: shard {outside[0]!r} lies elsewhere; expected file names beside the index"
+        )
+    return home
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(64)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _name_foreign(path: Path, head: bytes) -> str:
+    """What a file is that is no checkpoint; the usual accidents have names."""
+    if path.stat().st_size == 0:
+        return "an empty file"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself (run `git lfs pull`)"
+    if head.lstrip()[:1] == b"<":
+        return "a web page (a failed download?)"
+    if head.startswith(b"GGUF"):
+        return "a GGUF file, which wanrt does not read"
+    if head[8:9] == b"{":
+        return "a truncated safetensors file (fetch it again)"
+    return "not a checkpoint"
+
+
+def _open_pickle(path: Path, entries: Sequence[str], *, mapped: bool) -> TensorSource:
+    """Open a torch checkpoint without running its code. The old, un-zipped format cannot be memory-mapped."""
+    if not mapped:
+        logger.info("%s: old torch format, read into memory instead of mapped", path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: the errors below say more, in one line
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(_refusal(path, error)) from error
+    except (
+        Exception
+    ) as error:  # zipfile, struct, EOF, RuntimeError, unicode...: a damaged file fails anywhere
+        raise WeightsError(
+            f"{path}: damaged torch checkpoint ({_one_line(error)}); fetch it again"
+        ) from error
+    return TensorsSource(_pick_entry(content, entries, path), path)
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    """One line about a pickle that wants more than tensors."""
+    wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"Unsupported global: (\S+)", str(error))
+    what = f"it would run {wanted[1]}" if wanted else _one_line(error).split(". ")[-1]
+    return f"{path}: refused, this pickle holds more than tensors ({what}); expected a plain state dict"
+
+
+def _pick_entry(content: Any, entries: Sequence[str], path: Path) -> dict[str, Tensor]:
+    """The state dict inside a training checkpoint, which may be nested."""
+    if isinstance(content, Mapping):
+        found = next((entry for entry in entries if isinstance(content.get(entry), Mapping)), None)
+        if found:
+            logger.info("%s: took entry %r of %s", path, found, sorted(map(str, content))[:8])
+            return _pick_entry(content[found], entries, path)
+        tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+        if tensors and len(tensors) == len(content) and all(isinstance(key, str) for key in tensors):
+            return tensors
+    raise WeightsError(f"{path}: holds no state dict (tensor names -> tensors) but {_describe(content)}")
+
+
+def _describe(content: Any) -> str:
+    if isinstance(content, Mapping):
+        return f"a dict with keys {sorted(map(str, content))[:8]}"
+    return f"a {type(content).__name__}"
+
+
+def _one_line(error: BaseException, limit: int = 140) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
