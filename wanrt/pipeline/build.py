@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanrt.errors import UsageError
 from wanrt.pipeline.context import CHUNK_LATENTS, AnchorPolicy
-from wanrt.pipeline.loop import LoopSettings, Pipeline
-from wanrt.pipeline.mesh import InProcessMesh, Mesh, MeshSettings
+from wanrt.pipeline.lanes import lanes_for
+from wanrt.pipeline.loop import LoopSettings, Pipeline, to_rgb8
+from wanrt.pipeline.mesh import Denoiser, InProcessMesh, Mesh, MeshSettings
 from wanrt.pipeline.pixels import PixelStage
 from wanrt.pipeline.prompts import PromptBook
 from wanrt.telemetry import Recorder, clock_for
@@ -28,11 +29,26 @@ log = logging.getLogger("wanrt.pipeline")
 
 @dataclass(frozen=True)
 class Wiring:
-    """What joins a pipeline to its surroundings. `check` raises to end the run; `progress` hears of loading."""
+    """What joins a pipeline to its surroundings.
+
+    `check` raises to end the run; `progress` hears of loading; `convert` turns pixels `[1, 3, T, H, W]` in -1..1
+    into what the frames' consumer wants, in the lane of display work.
+    """
 
     recorder: Recorder
     check: Callable[[], None] = lambda: None
     progress: Progress = lambda part, seconds: None
+    convert: Callable[[torch.Tensor], Any] = to_rgb8
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the device is driven; none of it changes what is computed. Both act on CUDA only."""
+
+    graphs: bool = True  # steady passes and VAE calls as CUDA graphs
+    compile: bool = (
+        False  # torch.compile of each transformer layer: faster, but tens of seconds to begin with
+    )
 
 
 def find_files(job: RenderJob) -> ModelFiles | None:
@@ -48,7 +64,11 @@ def find_files(job: RenderJob) -> ModelFiles | None:
 
 
 def build_pipeline(
-    job: RenderJob, files: ModelFiles | None, device: torch.device, wiring: Wiring
+    job: RenderJob,
+    files: ModelFiles | None,
+    device: torch.device,
+    wiring: Wiring,
+    tuning: Tuning | None = None,
 ) -> Pipeline:
     """Loads the models of `job` and joins them. `files` as `find_files` gave them.
 
@@ -59,21 +79,28 @@ def build_pipeline(
 
     if job.topology not in ("single", "auto"):
         raise UsageError(f"topology {job.topology}: this pipeline runs on one device; use --topology single")
-    precision = choose_precision(job.precision, device)
-    models = load_models(job, files, device, precision, wiring.progress)
+    models = load_models(job, files, device, choose_precision(job.precision, device), wiring.progress)
     wiring.check()
-    return join(job, models, device, wiring)
+    return join(job, models, device, wiring, tuning)
 
 
-def join(job: RenderJob, models: Models, device: torch.device, wiring: Wiring) -> Pipeline:
+def join(
+    job: RenderJob, models: Models, device: torch.device, wiring: Wiring, tuning: Tuning | None = None
+) -> Pipeline:
     """A pipeline of loaded models on one device."""
-    loop = loop_settings(job)
-    mesh = Mesh(_denoiser(job, models, device), mesh_settings(job), wiring.recorder, wiring.check)
+    from wanrt.pipeline.devices import choose_precision
+    from wanrt.pipeline.models import streaming_vae
+
+    tuning, loop, lanes = tuning or Tuning(), loop_settings(job), lanes_for(device)
+    with lanes.main():
+        denoiser = _denoiser(job, models, device, tuning)
+        vae = streaming_vae(models, job, choose_precision(job.precision, device), graphs=tuning.graphs)
+    mesh = Mesh(denoiser, mesh_settings(job), wiring.recorder, wiring.check)
     window = loop.window if loop.anchors else None
-    pixels = PixelStage(models.vae, window, wiring.recorder, wiring.check, loop.chunks)
+    pixels = PixelStage(vae, window, wiring.recorder, wiring.check, loop.chunks, lanes)
     prompts = PromptBook(job.timeline, models.encode, wiring.recorder)
     handle = InProcessMesh(mesh, launch_on_submit=device.type == "cuda")
-    return Pipeline(job.timeline, prompts, pixels, handle, loop, wiring.recorder)
+    return Pipeline(job.timeline, prompts, pixels, handle, loop, wiring.recorder, wiring.convert, lanes)
 
 
 def loop_settings(job: RenderJob) -> LoopSettings:
@@ -107,11 +134,30 @@ def allocate_cache(job: RenderJob, device: torch.device, dtype: torch.dtype) -> 
     )
 
 
-def _denoiser(job: RenderJob, models: Models, device: torch.device):  # type: ignore[no-untyped-def]
+def _denoiser(job: RenderJob, models: Models, device: torch.device, tuning: Tuning) -> Denoiser:
     from wanrt.pipeline.denoiser import TransformerDenoiser
+    from wanrt.pipeline.models import compile_blocks
 
     cache = allocate_cache(job, device, models.transformer.dtype)
-    return TransformerDenoiser(models.transformer, cache, device)
+    if device.type != "cuda":
+        return TransformerDenoiser(models.transformer, cache, device)
+    if tuning.compile:
+        compile_blocks(models.transformer)
+    if not tuning.graphs:
+        return TransformerDenoiser(models.transformer, cache, device)
+    return _graphed(job, models, cache, device)
+
+
+def _graphed(job: RenderJob, models: Models, cache: KVCache, device: torch.device) -> Denoiser:
+    import torch
+
+    from wanrt.pipeline.graphs import GraphedDenoiser
+
+    denoiser = GraphedDenoiser(models.transformer, cache, device)
+    latents = torch.zeros(mesh_settings(job).shape, device=device)
+    prompt = torch.zeros(1, 1, job.preset.transformer.text_dim, device=device)
+    denoiser.capture(latents, prompt, job.bias)
+    return denoiser
 
 
 def make_recorder(job: RenderJob, device: torch.device, started_ns: int | None) -> Recorder:

@@ -15,7 +15,10 @@ STAGE = "encoder"
 
 
 class RecordedSink(Sink):
-    """A sink whose work is recorded: "encode" for frames, "mux" for chunk boundaries and the end."""
+    """A sink whose work is recorded: "encode" for frames, "mux" for chunk boundaries, "finish" for the end.
+
+    Frames count as delivered when they are here, on the host. One `write` and one `flush_chunk` a chunk.
+    """
 
     def __init__(self, sink: Sink, recorder: Recorder) -> None:
         self.spec, self.pixel_format = sink.spec, sink.pixel_format
@@ -24,6 +27,10 @@ class RecordedSink(Sink):
 
     def write(self, pixels: Pixels) -> None:
         """See `Sink.write`."""
+        ready = getattr(pixels, "ready", None)
+        if ready is not None:
+            ready.synchronize()
+        self._recorder.frames(self._chunk, len(pixels))
         with self._recorder.span(STAGE, "encode", self._chunk, host=True):
             self._sink.write(pixels)
         self.frames_written = self._sink.frames_written

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanrt.errors import RunError
 from wanrt.pipeline.context import (
@@ -17,6 +17,7 @@ from wanrt.pipeline.context import (
     pixel_frames,
 )
 from wanrt.pipeline.envelope import ChunkRequest, ChunkResult, Control, MeshHandle
+from wanrt.pipeline.lanes import Flag, Lanes, OneLane
 from wanrt.pipeline.pixels import PixelStage
 from wanrt.pipeline.prompts import PromptBook, Timeline
 from wanrt.telemetry import Recorder
@@ -29,16 +30,15 @@ STAGE = "stage0"
 
 @dataclass(frozen=True)
 class Frames:
-    """Pixel frames of one chunk, ready to be shown: uint8 RGB `[T, H, W, 3]` on the CPU."""
+    """Pixel frames of one chunk, ready to be shown.
 
-    pixels: torch.Tensor
+    `pixels` is what the pipeline's `convert` gives: uint8 RGB `[T, H, W, 3]` on the CPU unless told otherwise.
+    """
+
+    pixels: Any
     chunk: int
     first_frame: int  # index of the first of them in the video
-
-    @property
-    def count(self) -> int:
-        """How many frames."""
-        return self.pixels.shape[0]
+    count: int
 
 
 @dataclass(frozen=True)
@@ -83,51 +83,78 @@ class Pipeline:
         mesh: MeshHandle,
         settings: LoopSettings,
         recorder: Recorder,
-        convert: Callable[[torch.Tensor], torch.Tensor] = to_rgb8,
+        convert: Callable[[torch.Tensor], Any] = to_rgb8,
+        lanes: Lanes | None = None,
     ) -> None:
         self._timeline, self._prompts, self._pixels, self._mesh = timeline, prompts, pixels, mesh
         self._control: Control | None = None
         self._settings, self._recorder, self._convert = settings, recorder, convert
+        self._lanes = lanes or OneLane()
 
     def run(self) -> Iterator[Frames]:
-        """Frames chunk by chunk. Raises `RunError` for a chunk with NaN or Inf, before its frames are given
-        out.
+        """Frames chunk by chunk.
+
+        On CUDA a chunk's frames are given out one chunk late in the host's order, and no later in time: the host
+        queues the path to chunk N + 1 while the device makes chunk N, looks at chunk N - 1's NaN flag when the
+        device has passed it, and thus never runs ahead by more than a chunk. Raises `RunError` for a chunk with
+        NaN or Inf, before its frames are given out.
         """
         policy = self._settings.policy
+        held: _Shown | None = None
         self._submit(0)
         for chunk in self._chunks():
-            result = self._mesh.receive()
-            self._pixels.take(result, self._wanted())
+            result, flag = self._receive()
+            if held is not None:
+                yield held.checked()
             if policy in (AnchorPolicy.DECODE_ALL, AnchorPolicy.OVERLAP):
-                self._pixels.decode_rest()
+                self._decode_all()
             if policy is not AnchorPolicy.DECODE_ALL:
                 self._submit_after(chunk)
-            yield self._show(result)
+            held = _Shown(self._show(result), flag)
+            if flag.ready:
+                yield held.checked()
+                held = None
             if policy is AnchorPolicy.DECODE_ALL:
                 self._submit_after(chunk)
+        if held is not None:
+            yield held.checked()
 
     def close(self) -> None:
         """Ends the mesh; safe to call twice."""
         self._mesh.close()
 
+    def _receive(self) -> tuple[ChunkResult, Flag]:
+        with self._lanes.main():
+            result = self._mesh.receive()
+            flag = Flag(result.finite)
+            frames = self._settings.frames
+            self._pixels.take(result, None if frames is None else latents_for(frames))
+            self._lanes.mark()
+        return result, flag
+
+    def _decode_all(self) -> None:
+        with self._lanes.main():
+            self._lanes.join()
+            self._pixels.decode_rest()
+            self._lanes.mark()
+
     def _chunks(self) -> Iterator[int]:
         chunks = self._settings.chunks
         return itertools.count() if chunks is None else iter(range(chunks))
-
-    def _wanted(self) -> int | None:
-        frames = self._settings.frames
-        return None if frames is None else latents_for(frames)
 
     def _submit_after(self, chunk: int) -> None:
         if self._settings.chunks is None or chunk + 1 < self._settings.chunks:
             self._submit(chunk + 1)
 
     def _submit(self, chunk: int) -> None:
-        anchor = None
-        if self._settings.anchors:
-            latent = context_plan(chunk, self._settings.window, self._settings.policy).anchor
-            anchor = None if latent is None else self._pixels.anchor(latent)
-        self._mesh.submit(ChunkRequest(chunk, anchor, self._prompts.changed(chunk), self._changed(chunk)))
+        with self._lanes.main():
+            anchor = None
+            if self._settings.anchors:
+                latent = context_plan(chunk, self._settings.window, self._settings.policy).anchor
+                anchor = None if latent is None else self._pixels.anchor(latent)
+                self._lanes.mark()
+            embedding, control = self._prompts.changed(chunk), self._changed(chunk)
+            self._mesh.submit(ChunkRequest(chunk, anchor, embedding, control))
 
     def _changed(self, chunk: int) -> Control | None:
         """The control for `chunk`, or None when it is the one sent last."""
@@ -141,16 +168,30 @@ class Pipeline:
 
     def _show(self, result: ChunkResult) -> Frames:
         chunk = result.chunk
-        self._pixels.decode_rest()
-        self._pixels.encode_ready()
-        with self._recorder.span(STAGE, "convert", chunk):
-            pixels = self._convert(self._pixels.pop(chunk))
-        if not bool(result.finite):
-            raise RunError(
-                f"chunk {chunk}: NaN or Inf in the transformer's latents; check weights and precision"
-            )
         first = pixel_frames(CHUNK_LATENTS * chunk)
-        if self._settings.frames is not None:
-            pixels = pixels[: self._settings.frames - first]
-        self._recorder.frames(chunk, pixels.shape[0])
-        return Frames(pixels, chunk, first)
+        # decode-all, the policy to compare with, delivers before it submits: no lane of its own
+        with self._lanes.main() if self._settings.policy is AnchorPolicy.DECODE_ALL else self._lanes.side():
+            self._pixels.decode_rest()
+            self._pixels.encode_ready()
+            pixels = self._pixels.pop(chunk)
+            if self._settings.frames is not None:
+                pixels = pixels[:, :, : self._settings.frames - first]
+            with self._recorder.span(STAGE, "convert", chunk):
+                converted = self._convert(pixels)
+        return Frames(converted, chunk, first, pixels.shape[2])
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Frames on their way out, and whether their latents are finite."""
+
+    frames: Frames
+    finite: Flag
+
+    def checked(self) -> Frames:
+        if not self.finite.value:
+            raise RunError(
+                f"chunk {self.frames.chunk}: NaN or Inf in the transformer's latents; "
+                "check weights and precision"
+            )
+        return self.frames

@@ -120,6 +120,26 @@ def hashed_embedding(dim: int, device: torch.device, prompt: str) -> torch.Tenso
     return torch.from_numpy(values).to(device)
 
 
+def streaming_vae(models: Models, job: RenderJob, precision: Precision, *, graphs: bool) -> StreamingVae:
+    """The VAE as a stream of this size runs it: on CUDA the repacked one, its calls as graphs; else as it is."""
+    from wanrt.models.vae import WanVae
+
+    vae = models.vae
+    if not isinstance(vae, WanVae) or next(vae.parameters()).device.type != "cuda":
+        return vae
+    from wanrt.models.vae_fast import FastVae
+    from wanrt.models.vae_graph import GraphedVae
+
+    fast = FastVae(vae, dtype=precision.vae, encode_dtype=precision.vae)
+    return GraphedVae(fast, width=job.width, height=job.height) if graphs else fast
+
+
+def compile_blocks(transformer: WanTransformer) -> None:
+    """Compiles each layer on its own: the layers share one graph a pass, so it takes seconds, not minutes."""
+    for block in transformer.blocks:
+        block.compile(fullgraph=True, dynamic=False)
+
+
 @contextmanager
 def _timed(progress: Progress, part: str) -> Iterator[None]:
     progress(part, None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from wanrt.errors import RunError
 from wanrt.pipeline.context import CHUNK_LATENTS
 from wanrt.pipeline.envelope import ChunkResult
+from wanrt.pipeline.lanes import Lanes, OneLane
 from wanrt.telemetry import Recorder
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class PixelStage:
     """Decodes each latent of one stream exactly once, in order, and encodes the anchors that later contexts
     want.
 
-    `window` None: no chunk ever wants an anchor; `chunks`: how many there will be, None for ever. An anchor
+    `window` None: no chunk ever wants an anchor; `chunks`: how many there will be, None for ever; `lanes`: whose
+    memory is shared between the two lanes' calls. An anchor
     is encoded as soon as it is asked for, or at the end of the decode that made its frame available: with a
     window above three latents it is ready before its chunk's turn, and no VAE work is left between two
     chunks.
@@ -49,9 +51,10 @@ class PixelStage:
         recorder: Recorder,
         check: Callable[[], None] = lambda: None,
         chunks: int | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         self._vae, self._window, self._recorder, self._check = vae, window, recorder, check
-        self._chunks = chunks
+        self._chunks, self._lanes = chunks, lanes or OneLane()
         self._state = vae.decoder_state()
         self._waiting: list[tuple[int, int, torch.Tensor]] = []  # (chunk, latent index, latent)
         self._decoded: dict[int, list[torch.Tensor]] = {}  # pixels of each chunk so far
@@ -64,13 +67,15 @@ class PixelStage:
         self._decoded[result.chunk] = []
         for i in range(CHUNK_LATENTS):
             if wanted is None or first + i < wanted:
-                self._waiting.append((result.chunk, first + i, result.latents[:, :, i : i + 1]))
+                latent = self._lanes.share(result.latents)[:, :, i : i + 1]
+                self._waiting.append((result.chunk, first + i, latent))
 
     def anchor(self, latent: int) -> torch.Tensor:
         """The anchor that replaces `latent`, float32 `[B, 16, 1, h, w]`; decodes up to it if need be.
 
         Raises `RunError` for a latent that is not an anchor, was asked for before, or has not arrived.
         """
+        self._lanes.join()
         self._decode(lambda index: index <= latent, "anchor-decode")
         if latent in self._frames:
             self._encode(latent)
@@ -81,7 +86,7 @@ class PixelStage:
         return self._anchors.pop(latent)
 
     def decode_rest(self) -> None:
-        """Decodes every queued latent, then encodes the anchors that their frames will be asked for."""
+        """Decodes every queued latent, in the lane that the caller is in."""
         self._decode(lambda _: True, "display-decode")
 
     def encode_ready(self) -> None:
@@ -103,16 +108,17 @@ class PixelStage:
             chunk, index, latent = self._waiting.pop(0)
             self._check()
             with torch.inference_mode(), self._recorder.span(STAGE, name, chunk, latent=index):
-                pixels = self._vae.decode(latent, self._state)
+                pixels = self._lanes.share(self._vae.decode(latent, self._state))
                 self._decoded[chunk].append(pixels)
                 if self._is_anchor(index):
-                    self._frames[index] = pixels[:, :, -1:].clone()
+                    self._frames[index] = self._lanes.share(pixels[:, :, -1:].clone())
 
     def _encode(self, latent: int) -> None:
         import torch
 
         with torch.inference_mode(), self._recorder.span(STAGE, "anchor-encode", latent=latent):
-            self._anchors[latent] = self._vae.encode_frame(self._frames.pop(latent)).float()
+            anchor = self._vae.encode_frame(self._frames.pop(latent)).float()
+        self._anchors[latent] = self._lanes.share(anchor)
 
     def _is_anchor(self, latent: int) -> bool:
         """Whether some context puts an anchor in this latent's place: chunk k replaces latent 3k - window."""

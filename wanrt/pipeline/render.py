@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanrt.errors import OutputError, RunError, UsageError, WanrtError
 from wanrt.pipeline.cancel import Cancel, CancelledError
 from wanrt.pipeline.signals import ending_on_signals
 
 if TYPE_CHECKING:
-    from wanrt.output import QueuedSink
-    from wanrt.panel import Observer
+    import torch
+
+    from wanrt.output import PixelFormat, QueuedSink, VideoSpec
+    from wanrt.panel import Observer, Summary
+    from wanrt.pipeline.loop import Pipeline
     from wanrt.pipeline.monitor import Monitor
     from wanrt.script import RenderJob
     from wanrt.telemetry import Recorder
@@ -112,10 +115,19 @@ class _Run:
         device = choose_device(job.device)
         log.info("device %s, %d threads", device, set_threads(device))
         self._recorder = recorder = make_recorder(job, device, self._started_ns)
-        wiring = Wiring(recorder, self._cancel.check, self._monitor.load)
-        pipeline = build_pipeline(job, self._files, device, wiring)
         sink = self._open_sink(recorder)
-        self._monitor.watch(recorder, sink)
+        try:
+            convert = converter(sink.spec, sink.pixel_format, device)
+            wiring = Wiring(recorder, self._cancel.check, self._monitor.load, convert)
+            pipeline = build_pipeline(job, self._files, device, wiring)
+            self._monitor.watch(recorder, sink)
+            self._pump(pipeline, sink)
+        finally:
+            self._monitor.finishing()
+            self._finish(sink)
+
+    def _pump(self, pipeline: Pipeline, sink: QueuedSink) -> None:
+        """Frames from the pipeline to the sink, to the last."""
         try:
             for frames in pipeline.run():
                 sink.write(frames.pixels)
@@ -123,8 +135,6 @@ class _Run:
                 self._monitor.delivered(frames)
         finally:
             pipeline.close()
-            self._monitor.finishing()
-            self._finish(sink)
 
     def _open_sink(self, recorder: Recorder) -> QueuedSink:
         from wanrt.output import QueuedSink, VideoSpec, open_sink
@@ -163,7 +173,7 @@ class _Run:
             except OutputError as failed:
                 self._error = self._error or failed
 
-    def summary(self):  # type: ignore[no-untyped-def]
+    def summary(self) -> Summary | None:
         """How it ended, for the observer; None when nothing was started."""
         from wanrt.panel import Summary
 
@@ -195,6 +205,18 @@ class _Run:
             stats.fps_mean,
             stats.time_to_first_frame_s,
         )
+
+
+def converter(
+    spec: VideoSpec, pixel_format: PixelFormat, device: torch.device
+) -> Callable[[torch.Tensor], Any]:
+    """What turns pixels into what a sink takes: on CUDA its own format, on its way to the host; else RGB."""
+    from wanrt.output.frames import to_block
+    from wanrt.pipeline.loop import to_rgb8
+
+    if device.type != "cuda":
+        return to_rgb8
+    return lambda pixels: to_block(pixels[0].permute(1, 2, 3, 0), spec, pixel_format)
 
 
 @contextmanager

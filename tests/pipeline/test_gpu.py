@@ -1,0 +1,66 @@
+"""The pipeline on one CUDA device against itself without lanes and graphs."""
+
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+import torch
+
+from wanrt.pipeline.build import Tuning, Wiring, join, make_recorder
+from wanrt.pipeline.devices import choose_precision
+from wanrt.pipeline.lanes import OneLane
+from wanrt.pipeline.models import load_models
+from wanrt.script import RenderJob, Timeline, load_preset
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+FRAMES = 9 + 5 * 12
+
+
+@pytest.fixture(scope="module")
+def job():
+    preset = load_preset("wan-tiny")
+    return RenderJob(
+        preset=preset, timeline=Timeline.of("a red ball"), seed=3, width=224, height=128, fps=Fraction(16),
+        frames=FRAMES, steps=preset.steps, window=3, bias=1.0, anchor="anchor-only", random_weights=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(job):
+    device = torch.device("cuda", 0)
+    return load_models(job, None, device, choose_precision(job.precision, device), lambda part, seconds: None)
+
+
+def frames_of(job, models, tuning, lanes=None):
+    device = torch.device("cuda", 0)
+    pipeline = join(job, models, device, Wiring(make_recorder(job, device, None)), tuning)
+    if lanes is not None:
+        pipeline._lanes = pipeline._pixels._lanes = lanes
+    return torch.cat([frames.pixels.cpu() for frames in pipeline.run()])
+
+
+@pytest.mark.parametrize("bias", [1.0, 0.3])
+@pytest.mark.parametrize("window", [3, 6])
+def test_lanes_and_graphs_change_no_bit(job, models, bias, window):
+    job = replace(job, bias=bias, window=window)
+    plain = frames_of(job, models, Tuning(graphs=False), OneLane())
+    assert plain.shape == (FRAMES, 128, 224, 3)
+    assert torch.equal(frames_of(job, models, Tuning(graphs=False)), plain)
+    assert (frames_of(job, models, Tuning()).int() - plain.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("window", [1, 3, 4])
+def test_exact_policies_are_bit_identical(job, models, window):
+    first, *others = (
+        frames_of(replace(job, window=window, anchor=anchor), models, Tuning())
+        for anchor in ("decode-all", "overlap", "anchor-only")
+    )
+    for other in others:
+        assert torch.equal(first, other)
+
+
+def test_the_same_twice(job, models):
+    assert torch.equal(frames_of(job, models, Tuning()), frames_of(job, models, Tuning()))

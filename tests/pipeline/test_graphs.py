@@ -1,0 +1,85 @@
+"""Which passes are graphs, and that a replay is fed and booked rightly; the capture itself needs a GPU."""
+
+import pytest
+import torch
+
+from wanrt.models.kv_cache import CachePolicy, KVCache
+from wanrt.models.transformer import TransformerConfig, WanTransformer
+from wanrt.pipeline import graphs
+from wanrt.pipeline.context import AnchorPolicy
+from wanrt.pipeline.denoiser import TransformerDenoiser
+from wanrt.pipeline.envelope import ChunkRequest, Control
+from wanrt.pipeline.mesh import Mesh, MeshSettings
+from wanrt.telemetry import Recorder
+
+CONFIG = TransformerConfig(dim=48, ffn_dim=96, num_layers=2, num_heads=4, text_dim=16, text_len=8)
+SHAPE = (1, 16, 3, 4, 6)
+CPU = torch.device("cpu")
+
+
+class EagerForward:
+    """Stands in for a captured pass: reads the same static tensors, counts its replays."""
+
+    replays = 0
+
+    def __init__(self, model, cache, plan, latents, text, bias, pool):
+        self.latents, self.times = latents.clone(), torch.zeros(1, plan.frames)
+        self.run = lambda: model.run(self.latents, self.times, text, cache, plan, bias)
+        self.graph = self
+        self.pool = lambda: None
+        self.run()
+
+    def __call__(self, latents, times):
+        EagerForward.replays += 1
+        self.latents.copy_(latents)
+        self.times.copy_(times)
+        return self.run()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    return WanTransformer(CONFIG).eval().requires_grad_(False)
+
+
+def make_cache(policy, window):
+    sink = 3 if policy is CachePolicy.SINK else 0
+    return KVCache.allocate(CONFIG, policy=policy, frames=window, grid=(2, 3), sink=sink)
+
+
+def latents_of(denoiser, policy, window, biases):
+    recompute = policy is CachePolicy.RECOMPUTE
+    settings = MeshSettings(1, 5.0, window, AnchorPolicy.LATENT, recompute, SHAPE)
+    mesh = Mesh(denoiser, settings, Recorder())
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for chunk, bias in enumerate(biases):
+        prompt = torch.randn(1, 5, 16, generator=generator)
+        control = Control((1000.0, 625.0), bias)
+        made.append(mesh.run(ChunkRequest(chunk, embedding=prompt, control=control)).latents)
+    return torch.cat(made, dim=2)
+
+
+@pytest.mark.parametrize("policy", list(CachePolicy))
+@pytest.mark.parametrize("window", [3, 4, 6])
+@pytest.mark.parametrize("bias", [1.0, 0.3])
+def test_replays_equal_eager_passes(model, monkeypatch, policy, window, bias):
+    monkeypatch.setattr(graphs, "GraphedForward", EagerForward)
+    monkeypatch.setattr(EagerForward, "replays", 0)
+    denoiser = graphs.GraphedDenoiser(model, make_cache(policy, window), CPU)
+    denoiser.capture(torch.zeros(SHAPE), torch.zeros(1, 1, 16), bias)
+    got = latents_of(denoiser, policy, window, [bias] * 6)
+    want = latents_of(TransformerDenoiser(model, make_cache(policy, window), CPU), policy, window, [bias] * 6)
+    assert torch.equal(got, want)
+    growing = -(-window // 3)  # chunks whose context is not full yet
+    assert EagerForward.replays == 3 * (6 - growing)  # a context or commit pass and two steps each
+
+
+def test_a_bias_that_was_not_captured_runs_eagerly(model, monkeypatch):
+    monkeypatch.setattr(graphs, "GraphedForward", EagerForward)
+    policy, biases = CachePolicy.RECOMPUTE, [1.0, 1.0, 0.5, 0.2, 1.0]
+    denoiser = graphs.GraphedDenoiser(model, make_cache(policy, 3), CPU)
+    denoiser.capture(torch.zeros(SHAPE), torch.zeros(1, 1, 16), 1.0)
+    got = latents_of(denoiser, policy, 3, biases)
+    want = latents_of(TransformerDenoiser(model, make_cache(policy, 3), CPU), policy, 3, biases)
+    assert torch.equal(got, want)

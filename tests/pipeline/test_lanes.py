@@ -1,0 +1,110 @@
+"""The order that lanes promise, checked on a log of the calls."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from wanrt.pipeline.lanes import Flag, OneLane, lanes_for
+
+
+class LoggedLanes:
+    """Lanes that only write down what was asked of them, with the lane that each decode ran in."""
+
+    def __init__(self):
+        self.log, self.lane = [], None
+
+    @contextmanager
+    def _in(self, name):
+        before, self.lane = self.lane, name
+        yield
+        self.lane = before
+
+    def main(self):
+        return self._in("main")
+
+    def side(self):
+        self.log.append("side")
+        return self._in("side")
+
+    def join(self):
+        self.log.append("join")
+
+    def mark(self):
+        self.log.append("mark")
+
+    def share(self, tensor):
+        return tensor
+
+
+@pytest.fixture
+def logged(fake_pipeline, fakes):
+    def run(**settings):
+        lanes = LoggedLanes()
+
+        class Vae(fakes[2]):
+            def decode(self, latent, state):
+                lanes.log.append(f"decode {lanes.lane}")
+                return super().decode(latent, state)
+
+            def encode_frame(self, pixels):
+                lanes.log.append(f"encode {lanes.lane}")
+                return super().encode_frame(pixels)
+
+        class Denoiser(fakes[3]):
+            def denoise(self, latents, timestep):
+                if timestep == 1000:
+                    lanes.log.append(f"mesh {lanes.lane}")
+                return super().denoise(latents, timestep)
+
+        pipeline, _, _ = fake_pipeline(vae=Vae(), denoiser=Denoiser(), launch_on_submit=True, **settings)
+        pipeline._lanes = pipeline._pixels._lanes = lanes
+        list(pipeline.run())
+        return lanes.log
+
+    return run
+
+
+def test_anchor_only(logged):
+    """Main: anchor decode behind the last display, encode, next chunk. Side: the other two decodes, from the mark."""
+    log = logged(frames=57)
+    steady = [
+        "mark",
+        "join",
+        "decode main",
+        "encode main",
+        "mark",
+        "mesh main",
+        "side",
+        "decode side",
+        "decode side",
+    ]
+    text = " | ".join(log)
+    assert text.count(" | ".join(steady)) == 3  # chunks 1, 2 and 3; the first has no anchor, the last no next
+
+
+@pytest.mark.parametrize("policy", ["latent", "first-frame"])
+def test_without_an_anchor_the_mesh_never_waits_for_the_display(logged, policy):
+    log = logged(policy=policy, frames=57)
+    assert "join" not in log
+    assert log.count("decode side") == 15
+
+
+def test_wide_windows_leave_nothing_on_the_path(logged):
+    log = logged(window=4, frames=57)
+    assert "decode main" not in log
+    assert "encode main" not in log
+    assert log.count("encode side") == 2  # for chunks 3 and 4
+
+
+def test_decode_all_has_one_lane(logged):
+    log = logged(policy="decode-all", frames=57)
+    assert "side" not in log
+    assert log.count("decode main") == 15
+
+
+def test_cpu_has_one_lane_and_flags_are_ready():
+    assert isinstance(lanes_for(torch.device("cpu")), OneLane)
+    flag = Flag(torch.tensor(False))
+    assert flag.ready
+    assert flag.value is False

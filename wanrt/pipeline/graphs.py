@@ -1,0 +1,127 @@
+"""CUDA graphs of the transformer's steady passes: one launch a forward instead of some thousand.
+
+From the chunk on whose context fills the window every shape and address is the same: one graph for the context
+pass, one for denoising, one for the commit pass of a rolling cache. The few passes before run eagerly.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from wanrt.models.kv_cache import CachePolicy, Pass, PassPlan
+from wanrt.pipeline.context import CHUNK_LATENTS
+from wanrt.pipeline.denoiser import TransformerDenoiser
+
+if TYPE_CHECKING:
+    from wanrt.models.kv_cache import KVCache
+    from wanrt.models.transformer import TextKV, WanTransformer
+
+log = logging.getLogger("wanrt.pipeline")
+
+WARM_UP_RUNS = 2  # libraries choose kernels and allocate workspaces in the first; capture must see neither
+
+
+class GraphedForward:
+    """One pass of `model`, captured for one plan: static latents, timesteps, prompt, bias and cache.
+
+    `pool`: of another graph whose replays never overlap with this one's; its memory is shared.
+    """
+
+    def __init__(
+        self,
+        model: WanTransformer,
+        cache: KVCache,
+        plan: PassPlan,
+        latents: torch.Tensor,
+        text: TextKV,
+        bias: torch.Tensor | None,
+        pool: Any,
+    ) -> None:
+        self.plan = plan
+        self._latents = latents.clone()
+        self._times = torch.zeros(latents.shape[0], plan.frames, device=latents.device)
+
+        def run() -> torch.Tensor | None:
+            return model.run(self._latents, self._times, text, cache, plan, bias)
+
+        side = torch.cuda.Stream(latents.device)
+        side.wait_stream(torch.cuda.current_stream(latents.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_RUNS):
+                run()
+        side.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool, stream=side):
+            self._velocity = run()
+        torch.cuda.current_stream(latents.device).wait_stream(side)
+
+    def __call__(self, latents: torch.Tensor, times: torch.Tensor) -> torch.Tensor | None:
+        """Replay. The velocity is overwritten by the next replay of any graph of the pool: use it before."""
+        self._latents.copy_(latents)
+        self._times.copy_(times)
+        self.graph.replay()
+        return self._velocity
+
+
+class GraphedDenoiser(TransformerDenoiser):
+    """A `TransformerDenoiser` whose steady passes are graphs, captured by `capture` before the first chunk."""
+
+    def __init__(self, model: WanTransformer, cache: KVCache, device: torch.device) -> None:
+        super().__init__(model, cache, device)
+        self._graphs: dict[tuple[PassPlan, bool], GraphedForward] = {}
+        self._log_bias = torch.zeros((), device=device)
+
+    def set_text(self, embedding: torch.Tensor) -> None:
+        """The prompt's keys and values, at the address that the graphs read."""
+        fresh = self._model.embed_text(embedding.to(self.device))
+        self._text = fresh if self._text is None else self._text.copy_(fresh)
+
+    def set_bias(self, bias: float) -> None:
+        """As in the eager denoiser, at the address that the graphs read."""
+        self._log_bias.fill_(math.log(bias))
+        self._bias = None if bias == 1.0 else self._log_bias
+
+    def capture(self, latents: torch.Tensor, embedding: torch.Tensor, bias: float) -> None:
+        """Captures the steady passes for chunks like `latents` `[B, 16, 3, h, w]`; resets the cache.
+
+        Bias on and bias off are two graphs; a scene that switches between them later runs eagerly.
+        """
+        started = time.perf_counter()
+        with torch.inference_mode():
+            self.set_text(embedding)
+            self.set_bias(bias)
+            for plan in steady_plans(self._cache):
+                self._capture(plan, latents)
+        self._cache.reset()
+        log.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.perf_counter() - started)
+
+    def _capture(self, plan: PassPlan, latents: torch.Tensor) -> None:
+        assert self._text is not None
+        bias = None if plan.pass_ is Pass.CONTEXT else self._bias
+        frames = latents[:, :, :1].expand(-1, -1, plan.frames, -1, -1)
+        pool = next((graph.graph.pool() for graph in self._graphs.values()), None)
+        forward = GraphedForward(self._model, self._cache, plan, frames, self._text, bias, pool)
+        self._graphs[plan, bias is not None] = forward
+
+    def _forward(self, latents: torch.Tensor, timestep: float, pass_: Pass) -> torch.Tensor | None:
+        plan = self._cache.begin(pass_, latents.shape[2])
+        graph = self._graphs.get((plan, pass_ is not Pass.CONTEXT and self._bias is not None))
+        if graph is None:
+            return super()._forward(latents, timestep, pass_)
+        velocity = graph(latents, self._times(timestep, latents.shape[0], latents.shape[2]))
+        self._cache.finish(plan)
+        return velocity
+
+
+def steady_plans(cache: KVCache) -> tuple[PassPlan, ...]:
+    """The passes that a cache repeats for ever once its context is full."""
+    full = cache.capacity
+    denoise = PassPlan(Pass.DENOISE, CHUNK_LATENTS, full, full)
+    if cache.policy is CachePolicy.RECOMPUTE:
+        return (PassPlan(Pass.CONTEXT, full, 0, full), denoise)
+    return (denoise, PassPlan(Pass.COMMIT, CHUNK_LATENTS, full, full))

@@ -1,0 +1,136 @@
+"""Two lanes of work on one device: the path to the next chunk, and what only the viewer waits for.
+
+On CUDA the main lane is a stream of high priority and the side lane one of low priority: the display decode of a
+chunk runs beside the next chunk's passes, in the gaps they leave, and never in front of them. On a CPU both are
+the calling thread. Order is kept by events on the device; the host never waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Lanes(Protocol):
+    """How stage 0 orders its work on a device."""
+
+    def main(self) -> AbstractContextManager[None]:
+        """The lane of the next chunk's path."""
+        ...
+
+    def join(self) -> None:
+        """What the main lane is given from now on starts behind all that the side lane was given so far."""
+        ...
+
+    def mark(self) -> None:
+        """Notes the main lane's place: side work starts behind it, not behind what is launched later."""
+        ...
+
+    def side(self) -> AbstractContextManager[None]:
+        """The lane of display work, behind the latest mark."""
+        ...
+
+    def share(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself, whose memory is not reused before both lanes are done with it."""
+        ...
+
+
+class OneLane:
+    """No lanes: everything in the order of the calls."""
+
+    def main(self) -> AbstractContextManager[None]:
+        """See `Lanes.main`."""
+        return nullcontext()
+
+    def join(self) -> None:
+        """See `Lanes.join`."""
+
+    def mark(self) -> None:
+        """See `Lanes.mark`."""
+
+    def side(self) -> AbstractContextManager[None]:
+        """See `Lanes.side`."""
+        return nullcontext()
+
+    def share(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Lanes.share`."""
+        return tensor
+
+
+class CudaLanes:
+    """Two streams of one CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._torch = torch
+        with torch.cuda.device(device):
+            self._main = torch.cuda.Stream(priority=-1)
+            self._side = torch.cuda.Stream(priority=0)
+        self._main.wait_stream(torch.cuda.current_stream(device))
+        self._marked = self._main.record_event()
+        self._aside = self._side.record_event()
+
+    @contextmanager
+    def main(self) -> Iterator[None]:
+        """See `Lanes.main`."""
+        with self._torch.cuda.stream(self._main):
+            yield
+
+    def join(self) -> None:
+        """See `Lanes.join`."""
+        self._main.wait_event(self._aside)
+
+    def mark(self) -> None:
+        """See `Lanes.mark`."""
+        self._marked = self._main.record_event()
+
+    @contextmanager
+    def side(self) -> Iterator[None]:
+        """See `Lanes.side`."""
+        self._side.wait_event(self._marked)
+        with self._torch.cuda.stream(self._side):
+            yield
+        self._aside = self._side.record_event()
+
+    def share(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Lanes.share`."""
+        tensor.record_stream(self._main)
+        tensor.record_stream(self._side)
+        return tensor
+
+
+def lanes_for(device: torch.device) -> Lanes:
+    """Two streams on CUDA, the calling thread elsewhere."""
+    return CudaLanes(device) if device.type == "cuda" else OneLane()
+
+
+class Flag:
+    """A 0-dim bool tensor on its way to the host; `ready` never waits, `value` does."""
+
+    def __init__(self, flag: torch.Tensor) -> None:
+        import torch
+
+        self._event: torch.cuda.Event | None = None
+        self._host = flag
+        if flag.is_cuda:
+            self._host = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._host.copy_(flag, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(flag.device))
+
+    @property
+    def ready(self) -> bool:
+        """Whether `value` would not wait."""
+        return self._event is None or self._event.query()
+
+    @property
+    def value(self) -> bool:
+        """The flag, waiting for the device to reach it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._host)
