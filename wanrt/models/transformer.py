@@ -245,7 +245,8 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(
             nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim))
+        nn.init.normal_(self.modulation, std=dim**-0.5)
 
     def forward(
         self, x: Tensor, time: Tensor, text_key: Tensor, text_value: Tensor, memory: Memory
@@ -286,7 +287,8 @@ class Head(nn.Module):
         rows, columns = config.patch_size[1:]
         self.eps = config.eps
         self.head = nn.Linear(config.dim, rows * columns * config.out_channels)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+        nn.init.normal_(self.modulation, std=config.dim**-0.5)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """`[B, T, C]` and the time embedding `[B, F, C]` to fp32 patches `[B, T, rows * columns *
