@@ -287,7 +287,7 @@ def test_batch_entries_do_not_meet(make_transformer, make_cache):
     assert_close(run(slice(0, 2)), alone.double(), 1e-5)
 
 
-@pytest.mark.parametrize("backend", [AttentionBackend.MASK, AttentionBackend.MERGE])
+@pytest.mark.parametrize("backend", [AttentionBackend.SDPA, AttentionBackend.MATH])
 def test_bias_backends_agree_with_the_oracle(make_transformer, make_cache, backend):
     model, stream = make_transformer(), Stream()
     model.attention = backend

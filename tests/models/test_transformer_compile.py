@@ -40,7 +40,7 @@ def chunk_of_passes(model, cache, text, *, seed, context, bias, commit=False):
 
 @pytest.mark.parametrize(
     ("biased", "backend"),
-    [(False, AttentionBackend.AUTO), (True, AttentionBackend.MASK), (True, AttentionBackend.MERGE)],
+    [(False, AttentionBackend.AUTO), (True, AttentionBackend.SDPA), (True, AttentionBackend.MATH)],
 )
 @torch.no_grad()
 def test_recompute_traces_whole_and_once(make_transformer, make_cache, counted, biased, backend):

@@ -39,7 +39,8 @@ import torch
 from torch import Tensor
 
 from wanrt.errors import RunError
-from wanrt.models.rope import RopeTable, rotate
+from wanrt.models.rope import RopeTable
+from wanrt_kernels.rope_norm import rope_norm
 
 if TYPE_CHECKING:
     from wanrt.models.transformer import TransformerConfig
@@ -231,14 +232,13 @@ class KVCache:
         """How many leading keys of `span` are context other than the anchor."""
         return self._tokens(max(plan.context - 1, 0))
 
-    def write(self, layer: CacheLayer, plan: PassPlan, key: Tensor, value: Tensor) -> None:
-        """Store rotated keys and values `[B, frames * tokens_per_frame, heads, head_dim]` of a pass."""
+    def slots(self, plan: PassPlan) -> tuple[tuple[slice, slice], ...]:
+        """Where a pass keeps its keys and values: pairs of (tokens of the pass, tokens of the buffer)."""
         if plan.pass_ is Pass.CONTEXT:
-            self._write_context(layer, key, value, plan.frames)
-            return
-        lo, hi = self._tokens(self.capacity), self._tokens(self.capacity + plan.frames)
-        layer.key[:, lo:hi].copy_(key)
-        layer.value[:, lo:hi].copy_(value)
+            return self._context_slots(plan.frames)
+        first = self._tokens(self.capacity)
+        count = self._tokens(plan.frames)
+        return ((slice(0, count), slice(first, first + count)),)
 
     def commit(self, layer: CacheLayer, plan: PassPlan, raw_key: Tensor, value: Tensor) -> None:
         """Let the chunk of a COMMIT pass join the context and the oldest frames after the sink go.
@@ -256,7 +256,13 @@ class KVCache:
         raw = self._roll(layer.raw_key[:, : self._tokens(plan.context)], raw_key, plan)
         values = self._roll(self._logical_values(layer, plan.context), value, plan)
         layer.raw_key[:, : raw.shape[1]].copy_(raw)
-        self._write_context(layer, rotate(raw, self.rope.slice_frames(0, plan.keep)), values, plan.keep)
+        flat, cos, sin = raw.flatten(2), self.rope.cos, self.rope.sin
+        for tokens, slots in self._context_slots(plan.keep):
+            out = layer.key[:, slots]
+            rope_norm(
+                flat[:, tokens], None, cos[tokens], sin[tokens], head_dim=out.shape[3], eps=0.0, out=out
+            )
+            layer.value[:, slots].copy_(values[:, tokens])
 
     def _roll(self, context: Tensor, chunk: Tensor, plan: PassPlan) -> Tensor:
         """Context and chunk in logical order, without the oldest frames that no longer fit."""
@@ -273,11 +279,12 @@ class KVCache:
             return layer.value[:, :0]
         return torch.cat((layer.value[:, anchor:end], layer.value[:, lo:anchor]), dim=1)
 
-    def _write_context(self, layer: CacheLayer, key: Tensor, value: Tensor, frames: int) -> None:
+    def _context_slots(self, frames: int) -> tuple[tuple[slice, slice], ...]:
+        """As `slots`, for `frames` context frames in logical order: frame 0 apart from the others."""
         lo, anchor, end = (self._tokens(self.capacity - n) for n in (frames, 1, 0))
-        for buffer, new in ((layer.key, key), (layer.value, value)):
-            buffer[:, anchor:end].copy_(new[:, : end - anchor])
-            buffer[:, lo:anchor].copy_(new[:, end - anchor :])
+        one = end - anchor
+        rest = ((slice(one, self._tokens(frames)), slice(lo, anchor)),) if frames > 1 else ()
+        return (slice(0, one), slice(anchor, end)), *rest
 
     def _tokens(self, frames: int) -> int:
         return frames * self.rope.tokens_per_frame

@@ -1,4 +1,4 @@
-"""Rotary positions of video tokens: three axes, real arithmetic, fp32 tables.
+"""Rotary positions of video tokens: fp32 tables of cosines and sines over three axes.
 
 A head of `head_dim` numbers is `head_dim/2` consecutive pairs. The pairs are dealt to (frame, row,
 column); pair i of an axis with n pairs turns by `position * theta**(-i/n)`. Source: Wan-Video/Wan2.1
@@ -67,18 +67,3 @@ def _angles(size: int, pairs: int) -> Tensor:
     """`[size, pairs]` fp64: position times frequency."""
     frequencies = THETA ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
     return torch.outer(torch.arange(size, dtype=torch.float64), frequencies)
-
-
-def rotate(x: Tensor, table: RopeTable) -> Tensor:
-    """Turn every pair of `x` by its token's angles.
-
-    Args:
-        x: `[B, tokens, heads, head_dim]`, any floating dtype.
-        table: rows for exactly these tokens.
-
-    Returns:
-        `[B, tokens, heads, head_dim]`, fp32: the caller rounds once, after everything that is done in fp32.
-    """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table.cos[:, None], table.sin[:, None]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

@@ -14,7 +14,7 @@ diffusers' WanTransformer3DModel does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from wanrt.models.attention import AttentionBackend, KeyBias, attend
 from wanrt.models.kv_cache import CacheLayer, CachePolicy, CallOrderError, KVCache, Pass, PassPlan
-from wanrt.models.rope import RopeTable, rotate
+from wanrt.models.rope import RopeTable
+from wanrt_kernels.adaln import add_norm, add_norm_ref
+from wanrt_kernels.rope_norm import rope_norm, rope_norm_ref
 
 __all__ = [
     "WAN_1_3B",
@@ -99,16 +101,68 @@ class TextKV:
         return self
 
 
+@dataclass(frozen=True)
+class Elementwise:
+    """What runs between matrix products. Replace one to shard or to measure; see the kernels for the contracts.
+
+    Attributes:
+        add_norm: finish a residual and normalise, as `wanrt_kernels.adaln.add_norm`.
+        rope_norm: RMSNorm over all heads and rotary positions, as `wanrt_kernels.rope_norm.rope_norm`.
+    """
+
+    add_norm: Callable[..., tuple[Tensor, Tensor]]
+    rope_norm: Callable[..., Tensor]
+
+
+FUSED = Elementwise(add_norm, rope_norm)  # Triton on CUDA, plain PyTorch elsewhere
+DIFFERENTIABLE = Elementwise(add_norm_ref, rope_norm_ref)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Tokens `[B, T, C]` and the last product's output, not yet added: x + update * gate.
+
+    Attributes:
+        x: `[B, T, C]`.
+        update: `[B, T, C]` or None.
+        gate: `[B, F, C]` fp32 or None.
+    """
+
+    x: Tensor
+    update: Tensor | None = None
+    gate: Tensor | None = None
+
+
 class Memory(Protocol):
     """What a layer's self-attention attends to: the cache at inference, the sequence itself in training."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention output `[B, T, H, D]` of normalised, not yet rotated queries and keys."""
+    @property
+    def ops(self) -> Elementwise:
+        """What runs between matrix products."""
         ...
 
-    def remember(self, k: Tensor, v: Tensor) -> None:
+    @property
+    def backend(self) -> AttentionBackend:
+        """What computes attention."""
+        ...
+
+    def attend(self, norms: QKNorm, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention output `[B, T, H, D]` of raw projections `[B, T, C]`."""
+        ...
+
+    def remember(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
         """Keep keys and values when nothing further of this layer is needed."""
         ...
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    """The norms of a layer's queries and keys: weights `[C]` (None: no norm) and how to split heads."""
+
+    query: Tensor | None
+    key: Tensor | None
+    head_dim: int
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -121,27 +175,33 @@ class CachedMemory:
     rope: RopeTable
     bias: KeyBias | None
     backend: AttentionBackend
+    ops: Elementwise
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, norms: QKNorm, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write the pass's keys and values, attend to all that the plan names, then commit if asked to."""
-        self._write(k, v)
+        self._write(norms, k, v)
         lo, hi = self.cache.span(self.plan)
-        q = rotate(q, self.rope).to(v.dtype)
+        q = _turn(self.ops, q, norms.query, norms, self.rope)
         out = attend(q, self.layer.key[:, lo:hi], self.layer.value[:, lo:hi], self.bias, backend=self.backend)
-        self._commit(k, v)
+        self._commit(norms, k, v)
         return out
 
-    def remember(self, k: Tensor, v: Tensor) -> None:
+    def remember(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
         """Write, and commit if asked to, without attending."""
-        self._write(k, v)
-        self._commit(k, v)
+        self._write(norms, k, v)
+        self._commit(norms, k, v)
 
-    def _write(self, k: Tensor, v: Tensor) -> None:
-        self.cache.write(self.layer, self.plan, rotate(k, self.rope), v)
+    def _write(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
+        values = v.unflatten(-1, (-1, norms.head_dim))
+        for tokens, slots in self.cache.slots(self.plan):
+            rope = RopeTable(self.rope.cos[tokens], self.rope.sin[tokens], self.rope.tokens_per_frame)
+            _turn(self.ops, k[:, tokens], norms.key, norms, rope, out=self.layer.key[:, slots])
+            self.layer.value[:, slots].copy_(values[:, tokens])
 
-    def _commit(self, k: Tensor, v: Tensor) -> None:
+    def _commit(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
         if self.plan.pass_ is Pass.COMMIT:
-            self.cache.commit(self.layer, self.plan, k.to(v.dtype), v)
+            raw = _turn(self.ops, k, norms.key, norms, None)
+            self.cache.commit(self.layer, self.plan, raw, v.unflatten(-1, (-1, norms.head_dim)))
 
 
 @dataclass(frozen=True)
@@ -151,40 +211,51 @@ class SequenceMemory:
     context_tokens: int
     rope: RopeTable
     bias: Tensor | None
+    ops: Elementwise
+    backend: AttentionBackend
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, norms: QKNorm, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Two attention calls, one a block of queries."""
         n = self.context_tokens
-        q, k = rotate(q, self.rope).to(v.dtype), rotate(k, self.rope).to(v.dtype)
+        q = _turn(self.ops, q, norms.query, norms, self.rope)
+        k = _turn(self.ops, k, norms.key, norms, self.rope)
+        v = v.unflatten(-1, (-1, norms.head_dim))
         if n == 0:
-            return attend(q, k, v)
-        context = attend(q[:, :n], k[:, :n], v[:, :n])
+            return attend(q, k, v, backend=self.backend)
+        context = attend(q[:, :n], k[:, :n], v[:, :n], backend=self.backend)
         return torch.cat((context, self._attend_chunk(q[:, n:], k, v)), dim=1)
 
     def _attend_chunk(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.bias is None:
-            return attend(q, k, v)
+            return attend(q, k, v, backend=self.backend)
         n, frame = self.context_tokens, self.rope.tokens_per_frame
         # the biased keys in front, as in the cache
         k, v = (torch.cat((x[:, frame:n], x[:, :frame], x[:, n:]), dim=1) for x in (k, v))
-        return attend(q, k, v, KeyBias(self.bias, n - frame), backend=AttentionBackend.MASK)
+        return attend(q, k, v, KeyBias(self.bias, n - frame), backend=self.backend)
 
-    def remember(self, k: Tensor, v: Tensor) -> None:
+    def remember(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
         """Nothing to keep: the sequence is its own memory."""
 
 
+def _turn(
+    ops: Elementwise,
+    x: Tensor,
+    weight: Tensor | None,
+    norms: QKNorm,
+    rope: RopeTable | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Norm and rotary positions of a projection `[B, T, C]`, as heads `[B, T, H, D]`."""
+    cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
+    return ops.rope_norm(x, weight, cos, sin, head_dim=norms.head_dim, eps=norms.eps, out=out)
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (all heads together); fp32 in between and in the result."""
+    """The weight of x / rms(x) * weight over all heads together; `Elementwise.rope_norm` applies it."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., dim]` of any dtype to fp32."""
-        x = x.float()
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
 
 
 class Attention(nn.Module):
@@ -193,17 +264,18 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         dim = config.dim
-        self.head_dim = config.head_dim
+        self.head_dim, self.eps = config.head_dim, config.eps
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
         self.o = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim, config.eps) if config.qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(dim, config.eps) if config.qk_norm else nn.Identity()
+        self.norm_q = RMSNorm(dim) if config.qk_norm else None
+        self.norm_k = RMSNorm(dim) if config.qk_norm else None
 
-    def heads(self, x: Tensor) -> Tensor:
-        """`[B, T, heads * D]` to `[B, T, heads, D]`; the number of heads follows from the weights."""
-        return x.unflatten(-1, (-1, self.head_dim))
+    def norms(self) -> QKNorm:
+        """The q and k norms of this layer."""
+        query, key = (None if n is None else n.weight for n in (self.norm_q, self.norm_k))
+        return QKNorm(query, key, self.head_dim, self.eps)
 
 
 class SelfAttention(Attention):
@@ -211,26 +283,27 @@ class SelfAttention(Attention):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """`[B, T, C]` to `[B, T, C]`."""
-        q = self.heads(self.norm_q(self.q(x)))
-        return self.o(memory.attend(q, *self.key_value(x)).flatten(-2))
+        return self.o(memory.attend(self.norms(), self.q(x), self.k(x), self.v(x)).flatten(-2))
 
-    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised, not yet rotated keys and values `[B, T, H, D]`."""
-        return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+    def remember(self, x: Tensor, memory: Memory) -> None:
+        """Only the keys and values of `[B, T, C]`."""
+        memory.remember(self.norms(), self.k(x), self.v(x))
 
 
 class CrossAttention(Attention):
     """Attention of video tokens to the prompt, whose keys and values are computed once by `embed`."""
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, memory: Memory) -> Tensor:
         """`[B, T, C]` and the prompt's `[B, text_len, H, D]` to `[B, T, C]`."""
-        q = self.heads(self.norm_q(self.q(x))).to(value.dtype)
-        return self.o(attend(q, key, value).flatten(-2))
+        norms = self.norms()
+        q = _turn(memory.ops, self.q(x), norms.query, norms, None)
+        return self.o(attend(q, key, value, backend=memory.backend).flatten(-2))
 
     def embed(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, text_len, H, D]` of text features `[B, text_len, C]`."""
-        key = self.norm_k(self.k(text)).to(text.dtype)
-        return self.heads(key), self.heads(self.v(text))
+        """Keys and values `[B, text_len, H, D]` of text features `[B, text_len, C]`; differentiable."""
+        norms = self.norms()
+        key = _turn(DIFFERENTIABLE, self.k(text), norms.key, norms, None)
+        return key, self.v(text).unflatten(-1, (-1, self.head_dim))
 
 
 class Block(nn.Module):
@@ -249,34 +322,51 @@ class Block(nn.Module):
         nn.init.normal_(self.modulation, std=dim**-0.5)
 
     def forward(
-        self, x: Tensor, time: Tensor, text_key: Tensor, text_value: Tensor, memory: Memory
-    ) -> Tensor:
-        """One layer.
+        self, residual: Residual, time: Tensor, text_key: Tensor, text_value: Tensor, memory: Memory
+    ) -> Residual:
+        """One layer. Every residual is added where the next norm reads it, the last one by the next layer.
 
         Args:
-            x: `[B, T, C]`.
+            residual: tokens, with the previous layer's update pending.
             time: `[B, F, 6, C]` fp32, the projected time embedding of each frame.
             text_key, text_value: `[B, text_len, H, D]`.
             memory: what self-attention attends to.
         """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self._modulation(time)
-        x = gated_add(x, self.self_attn(modulated_norm(x, shift, scale, self.eps), memory), gate)
-        x = x + self.cross_attn(self._norm3(x), text_key, text_value)
-        return gated_add(x, self.ffn(modulated_norm(x, ffn_shift, ffn_scale, self.eps)), ffn_gate)
+        x, y = self._modulated(memory.ops, residual, scale, shift)
+        residual = Residual(x, self.self_attn(y, memory), gate)
+        x, y = self._norm3(memory.ops, residual)
+        residual = Residual(x, self.cross_attn(y, text_key, text_value, memory))
+        x, y = self._modulated(memory.ops, residual, ffn_scale, ffn_shift)
+        return Residual(x, self.ffn(y), ffn_gate)
 
-    def remember(self, x: Tensor, time: Tensor, memory: Memory) -> None:
+    def remember(self, residual: Residual, time: Tensor, memory: Memory) -> None:
         """Only this layer's keys and values: all that a pass without output needs of the last layer."""
         shift, scale, *_ = self._modulation(time)
-        memory.remember(*self.self_attn.key_value(modulated_norm(x, shift, scale, self.eps)))
+        self.self_attn.remember(self._modulated(memory.ops, residual, scale, shift)[1], memory)
 
     def _modulation(self, time: Tensor) -> tuple[Tensor, ...]:
         return (self.modulation.float() + time).unbind(2)
 
-    def _norm3(self, x: Tensor) -> Tensor:
+    def _modulated(
+        self, ops: Elementwise, r: Residual, scale: Tensor, shift: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return ops.add_norm(r.x, r.update, r.gate, scale, shift, eps=self.eps)
+
+    def _norm3(self, ops: Elementwise, r: Residual) -> tuple[Tensor, Tensor]:
         if self.norm3 is None:
-            return x
-        weight, bias = self.norm3.weight.float(), self.norm3.bias.float()
-        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, self.eps).to(x.dtype)
+            x = _add(r)
+            return x, x
+        norm = self.norm3
+        return ops.add_norm(r.x, r.update, r.gate, norm.weight, norm.bias, eps=self.eps, plus_one=False)
+
+
+def _add(r: Residual) -> Tensor:
+    """x + update * gate, rounded once."""
+    assert r.update is not None
+    assert r.gate is not None
+    gate = r.gate.repeat_interleave(r.x.shape[1] // r.gate.shape[1], dim=1)
+    return (r.x.float() + r.update.float() * gate).to(r.x.dtype)
 
 
 class Head(nn.Module):
@@ -290,29 +380,12 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
         nn.init.normal_(self.modulation, std=config.dim**-0.5)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """`[B, T, C]` and the time embedding `[B, F, C]` to fp32 patches `[B, T, rows * columns *
-        channels]`.
-        """
+    def forward(self, r: Residual, time: Tensor, ops: Elementwise) -> Tensor:
+        """Tokens and the time embedding `[B, F, C]` to fp32 patches `[B, T, rows * columns * channels]`."""
         shift, scale = (self.modulation.float() + time.unsqueeze(2)).unbind(2)
-        x = modulated_norm(x.float(), shift, scale, self.eps)
-        return F.linear(x, self.head.weight.float(), self.head.bias.float())
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift in fp32; x `[B, T, C]`, shift and scale `[B, F, C]` per latent
-    frame.
-    """
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
-    return (normed * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2).to(x.dtype)
-
-
-def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y * gate in fp32, rounded to the dtype of x; x, y `[B, T, C]`, gate `[B, F, C]` per latent
-    frame.
-    """
-    y = (y.unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
-    return (x + y).to(x.dtype)
+        fp32 = torch.float32
+        _, x = ops.add_norm(r.x, r.update, r.gate, scale, shift, eps=self.eps, normed_dtype=fp32)
+        return linear_fp32(self.head, x)
 
 
 def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
@@ -347,6 +420,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.attention = attention
+        self.elementwise = FUSED
         dim = config.dim
         self.patch_embedding = nn.Conv3d(
             config.in_channels, dim, kernel_size=config.patch_size, stride=config.patch_size
@@ -431,20 +505,21 @@ class WanTransformer(nn.Module):
         """
         key_bias = None if bias is None else KeyBias(bias, cache.biased_keys(plan))
         rope = cache.rope.slice_frames(plan.context, plan.frames)
+        ops = self.elementwise
         memories = [
-            CachedMemory(cache, layer, plan, rope, key_bias, self.attention) for layer in cache.layers
+            CachedMemory(cache, layer, plan, rope, key_bias, self.attention, ops) for layer in cache.layers
         ]
         time, projected = self._embed_time(timesteps)
-        x = self._patchify(latents)
+        residual = Residual(self._patchify(latents))
         *blocks, last = zip(self._blocks(), text.keys, text.values, memories, strict=True)
         for block, key, value, memory in blocks:
-            x = block(x, projected, key, value, memory)
+            residual = block(residual, projected, key, value, memory)
         block, key, value, memory = last
         if plan.pass_ is not Pass.DENOISE:
-            block.remember(x, projected, memory)
+            block.remember(residual, projected, memory)
             return None
-        x = block(x, projected, key, value, memory)
-        return self._unpatchify(self.head(x, time), latents)
+        residual = block(residual, projected, key, value, memory)
+        return self._unpatchify(self.head(residual, time, ops), latents)
 
     def forward_train(
         self,
@@ -474,13 +549,19 @@ class WanTransformer(nn.Module):
             frames, t = torch.cat((context, latents), dim=2), torch.cat((context_t, t), dim=1)
         grid = latents.shape[-2] // 2, latents.shape[-1] // 2
         rope = RopeTable.build(self.config.head_dim, frames.shape[2], grid, device=latents.device)
-        memory = SequenceMemory(count * rope.tokens_per_frame, rope, bias if count > 1 else None)
+        memory = SequenceMemory(
+            count * rope.tokens_per_frame,
+            rope,
+            bias if count > 1 else None,
+            DIFFERENTIABLE,
+            AttentionBackend.SDPA,
+        )
         time, projected = self._embed_time(t)
-        x = self._patchify(frames)
+        residual = Residual(self._patchify(frames))
         for block, key, value in zip(self._blocks(), text.keys, text.values, strict=True):
-            x = block(x, projected, key, value, memory)
-        x = self.head(x[:, memory.context_tokens :], time[:, count:])
-        return self._unpatchify(x, latents)
+            residual = block(residual, projected, key, value, memory)
+        patches = self.head(residual, time, memory.ops)[:, memory.context_tokens :]
+        return self._unpatchify(patches, latents)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,0 +1,210 @@
+"""Residual addition, LayerNorm and modulation of a transformer's tokens in one pass over memory.
+
+A Wan block is `x += gate * f(LayerNorm(x) * (1 + scale) + shift)`, twice, with a LayerNorm that has a weight and a
+bias of its own between (Wan-Video/Wan2.1 `wan/modules/model.py`, commit 9737cba, `WanAttentionBlock`). Every step is
+"finish the last residual, then normalise for the next product", so this kernel does just that: it reads `x` and the
+last product's output once and writes the new `x` and the normalised tokens once, with fp32 in between.
+
+Shapes: B batch, T tokens, C channels; F latent frames, each of T/F consecutive tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of PyTorch brings no Triton; `add_norm_ref` serves there
+    triton = None
+
+
+@dataclass(frozen=True)
+class AddNormConfig:
+    """Launch shape: `block` channels (a power of two, one token a program) and warps."""
+
+    block: int
+    warps: int
+
+    @classmethod
+    def for_channels(cls, channels: int) -> AddNormConfig:
+        """A token stays in registers: 32 values per thread at 8192, the padded 14B width."""
+        block = 1 << (channels - 1).bit_length()
+        return cls(block=block, warps=max(1, min(8, block // 512)))
+
+
+def add_norm_ref(
+    x: Tensor,
+    update: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    eps: float,
+    plus_one: bool = True,
+    normed_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute what `add_norm` computes, in plain differentiable PyTorch. Same arguments, same results."""
+    frames = _frames(gate, scale)
+    total = x.float().unflatten(1, (frames, -1))
+    if update is not None:
+        update = update.float().unflatten(1, (frames, -1))
+        total = total + update if gate is None else torch.addcmul(total, update, _rows(gate))
+    normed = torch.nn.functional.layer_norm(total, total.shape[-1:], eps=eps)
+    factor = _rows(scale) + 1 if plus_one else _rows(scale)
+    normed = torch.addcmul(_rows(shift), normed, factor).flatten(1, 2).to(normed_dtype or x.dtype)
+    return x if update is None else total.flatten(1, 2).to(x.dtype), normed
+
+
+def _rows(values: Tensor) -> Tensor:
+    """[C] as it is, [B, F, C] as [B, F, 1, C]; fp32."""
+    return values.float() if values.dim() == 1 else values.float().unsqueeze(2)
+
+
+def _frames(gate: Tensor | None, scale: Tensor) -> int:
+    """How many latent frames the per-frame values speak of; 1 without any."""
+    return next((v.shape[1] for v in (gate, scale) if v is not None and v.dim() == 3), 1)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _add_norm_kernel(
+        x_ptr, update_ptr, gate_ptr, scale_ptr, shift_ptr, total_ptr, out_ptr,
+        tokens, frame_tokens,
+        gate_batch, gate_frame, scale_batch, scale_frame, shift_batch, shift_frame,
+        eps,
+        C: tl.constexpr, BLOCK: tl.constexpr,
+        HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr, PLUS_ONE: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        batch = row // tokens
+        frame = (row % tokens) // frame_tokens
+        channel = tl.arange(0, BLOCK)
+        mask = channel < C
+        here = row * C + channel
+        total = tl.load(x_ptr + here, mask, 0.0).to(tl.float32)
+        if HAS_UPDATE:
+            update = tl.load(update_ptr + here, mask, 0.0).to(tl.float32)
+            if HAS_GATE:
+                update *= tl.load(gate_ptr + batch * gate_batch + frame * gate_frame + channel, mask, 0.0)
+            total += update
+            tl.store(total_ptr + here, total.to(total_ptr.dtype.element_ty), mask)
+        centred = tl.where(mask, total - tl.sum(total, axis=0) / C, 0.0)
+        normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / C + eps)
+        scale = tl.load(scale_ptr + batch * scale_batch + frame * scale_frame + channel, mask, 0.0).to(
+            tl.float32
+        )
+        shift = tl.load(shift_ptr + batch * shift_batch + frame * shift_frame + channel, mask, 0.0).to(
+            tl.float32
+        )
+        if PLUS_ONE:
+            scale += 1.0
+        tl.store(out_ptr + here, (normed * scale + shift).to(out_ptr.dtype.element_ty), mask)
+
+
+def add_norm(
+    x: Tensor,
+    update: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    eps: float,
+    plus_one: bool = True,
+    normed_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`total = x + update * gate`; `normed = LayerNorm(total) * (1 + scale) + shift`.
+
+    Args:
+        x: [B, T, C], contiguous.
+        update: [B, T, C], contiguous, in x's dtype, or None: nothing to add.
+        gate: [B, F, C] fp32, one factor per latent frame and channel, or None: 1.
+        scale, shift: both [B, F, C] fp32, or both [C]: the weight and bias of a plain LayerNorm.
+        eps: of the LayerNorm.
+        plus_one: add 1 to `scale` (False for a plain weight).
+        normed_dtype: of `normed`; None: as x.
+
+    Returns:
+        `(total, normed)`, both [B, T, C], arithmetic in fp32, `normed` from the unrounded total; `total` is in x's
+        dtype, and is `x` itself without `update`.
+
+    Raises:
+        ValueError: shapes, layout or dtypes that do not fit, each with what was got and expected.
+    """
+    _check(x, update, gate, scale, shift)
+    if x.is_cuda and triton is not None:
+        return launch(x, update, gate, scale, shift, eps=eps, plus_one=plus_one, normed_dtype=normed_dtype)
+    return add_norm_ref(x, update, gate, scale, shift, eps=eps, plus_one=plus_one, normed_dtype=normed_dtype)
+
+
+def launch(
+    x: Tensor,
+    update: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    eps: float,
+    plus_one: bool,
+    normed_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the Triton kernel; arguments as for `add_norm`, which has checked them."""
+    batch, tokens, channels = x.shape
+    total = x if update is None else torch.empty_like(x)
+    out = torch.empty_like(x, dtype=normed_dtype)
+    frames = _frames(gate, scale)
+    config = AddNormConfig.for_channels(channels)
+    _add_norm_kernel[(batch * tokens,)](
+        x, update, gate, scale, shift, total, out,
+        tokens, tokens // frames,
+        *_frame_strides(gate), *_frame_strides(scale), *_frame_strides(shift),
+        eps,
+        C=channels, BLOCK=config.block,
+        HAS_UPDATE=update is not None, HAS_GATE=gate is not None, PLUS_ONE=plus_one,
+        num_warps=config.warps,
+    )  # fmt: skip
+    return total, out
+
+
+def _frame_strides(values: Tensor | None) -> tuple[int, int]:
+    if values is None or values.dim() == 1:
+        return 0, 0
+    return values.stride(0), values.stride(1)
+
+
+def _check(x: Tensor, update: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor) -> None:
+    if x.dim() != 3 or not x.is_contiguous():
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, strides {x.stride()}; expected contiguous [B, T, C]"
+        )
+    if update is not None and (
+        update.shape != x.shape or update.dtype != x.dtype or not update.is_contiguous()
+    ):
+        raise ValueError(
+            f"update: got {update.dtype} {tuple(update.shape)}; expected contiguous {x.dtype} {tuple(x.shape)}, as x"
+        )
+    frames = {v.shape[1] for v in (gate, scale, shift) if v is not None and v.dim() == 3}
+    for name, values in (("gate", gate), ("scale", scale), ("shift", shift)):
+        if values is not None and not _fits(values, x, name == "gate", frames):
+            raise ValueError(
+                f"{name}: got shape {tuple(values.shape)}, strides {values.stride()}; expected [B, F, C] for "
+                f"{x.shape[0]} batch entries, frames that divide {x.shape[1]} tokens and are the same for all, "
+                f"{x.shape[2]} channels, or (scale and shift) [C]"
+            )
+
+
+def _fits(values: Tensor, x: Tensor, is_gate: bool, frames: set[int]) -> bool:
+    if values.stride(-1) != 1 or values.shape[-1] != x.shape[2]:
+        return False
+    if values.dim() == 1:
+        return not is_gate
+    return (
+        values.dim() == 3
+        and values.shape[0] == x.shape[0]
+        and len(frames) == 1
+        and x.shape[1] % min(frames) == 0
+    )
