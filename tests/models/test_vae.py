@@ -362,3 +362,27 @@ def test_traces_without_graph_breaks(half: str) -> None:
         frame = clip[:, :, :1]
         traced = torch.compile(vae.encode_frame, fullgraph=True, backend="eager")
         assert torch.equal(traced(frame), vae.encode_frame(frame))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graph_of_one_steady_decode_continues_the_stream() -> None:
+    """State tensors stay where they are and are updated in place, so a graph can replay the steady call."""
+    vae = make_vae(dtype=torch.float16).cuda().to(memory_format=torch.channels_last_3d)
+    latents = noise(1, 16, 6, 4, 6).half().cuda()
+    want = decode_all(vae, latents, [1] * 6)
+    state, entry = vae.decoder_state(), latents[:, :, :1].clone()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        decode_all(vae, latents, [1, 1, 1, 3], state)  # warm-up: allocates the slots
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        exit_ = vae.decode(entry, state)
+    state.reset()
+    pieces = [vae.decode(latents[:, :, :1], state)]
+    for step in range(1, 6):
+        entry.copy_(latents[:, :, step : step + 1])
+        graph.replay()
+        pieces.append(exit_.clone())
+    assert_close(torch.cat(pieces, dim=2), want, 2e-3)

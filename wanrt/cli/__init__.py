@@ -9,6 +9,9 @@ and the rooms that need them are imported inside the function.
 
 def main() -> None:
     """Run the `wanrt` command."""
+    import time
+
+    started = time.perf_counter_ns()
     from wanrt.cli.app import run
 
-    run()
+    run(started_ns=started)

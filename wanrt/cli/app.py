@@ -142,21 +142,23 @@ def build() -> Any:
     return group
 
 
-def run(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run `wanrt` with `arguments` (default: the process's own) and exit."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("wanrt: %(message)s"))
-    log.handlers[:] = [handler]
+def run(arguments: Sequence[str] | None = None, started_ns: int | None = None) -> NoReturn:
+    """Run `wanrt` with `arguments` (default: the process's own) and exit.
+
+    `started_ns` (`time.perf_counter_ns`), when the process began, reaches commands as their context's `obj`.
+    """
+    logging.basicConfig(format="wanrt: %(message)s", level=logging.WARNING)
     log.setLevel(logging.WARNING)
-    log.propagate = False
-    sys.exit(_run(arguments))
+    sys.exit(_run(arguments, started_ns))
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(arguments: Sequence[str] | None, started_ns: int | None) -> int:
     """The exit code."""
     try:
-        done = build().main(arguments, prog_name="wanrt", standalone_mode=False)
+        done = build().main(arguments, prog_name="wanrt", standalone_mode=False, obj=started_ns)
         sys.stdout.flush()
+        if done == INTERRUPTED:  # Typer turns Ctrl-C into this
+            _complain("interrupted")
         return done if isinstance(done, int) else OK
     except ClickException as bad:
         return _wrong_use(bad)

@@ -11,6 +11,7 @@ Text = str | None
 
 
 def command(
+    context: typer.Context,
     prompt: Annotated[
         str,
         typer.Argument(
@@ -52,8 +53,8 @@ def command(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Fill the model with noise: for benchmarks only.")
     ] = False,
-    codec: Annotated[Text, typer.Option(metavar="C", help="h264, hevc or av1.")] = None,
-    quality: Annotated[Text, typer.Option(metavar="Q", help="0 (best) to 51: constant rate factor.")] = None,
+    codec: Annotated[Text, typer.Option(metavar="C", help="h264, hevc, av1 or vp9.")] = None,
+    quality: Annotated[Text, typer.Option(metavar="Q", help="0 (small) to 100 (best), or crf=N.")] = None,
     stats: Annotated[Text, typer.Option(metavar="FILE", help="Write timing statistics as JSON.")] = None,
     trace: Annotated[Text, typer.Option(metavar="FILE", help="Write a trace for Perfetto or Chrome.")] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output.")] = False,
@@ -77,7 +78,8 @@ def command(
         "codec": codec, "quality": quality, "stats": stats, "trace": trace, "force": force,
     }  # fmt: skip
     job = build_job(read_script(prompt, sys.stdin.buffer), flags)
-    with observing(mode, job.notes) as observer:
-        from wanrt.pipeline import render  # type: ignore[attr-defined]
+    with observing(mode) as observer:
+        from wanrt.pipeline import render
 
-        render(job, observer)
+        result = render(job, observer, started_ns=context.obj)
+    print(result.output)

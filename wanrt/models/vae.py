@@ -8,14 +8,12 @@ holds.
 
 Architecture, tensor names and constants: Wan-Video/Wan2.1 `wan/modules/vae.py` at 9737cba.
 
-Shape legend: B batch, C channels, T frames, H and W pixel height and width, h = H/8 and w = W/8. Every 5-D
-activation is [B, C, T, H, W] in `torch.channels_last_3d` strides, so that its frames are also a
-[B*T, C, H, W] `torch.channels_last` view.
+Shapes and layout: see `wanrt.models.vae_stream`; here h = H/8 and w = W/8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -23,6 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from wanrt.models.vae_stream import StreamingVae, VaeState, clip_of, frames_of, interleave, zero_frames
+
+__all__ = ["VaeConfig", "VaeState", "WanVae"]
 
 SPATIAL_FACTOR = 8  # pixels per latent, each way: three halvings
 TEMPORAL_FACTOR = 4  # pixel frames per latent after the first: two halvings
@@ -109,80 +111,6 @@ def _encoder_levels(shapes: Mapping[str, Sequence[int]]) -> tuple[list[int], lis
         index += 1
 
 
-class VaeState:
-    """What one stream of one half of a VAE remembers: the last frames each temporal convolution saw.
-
-    Slots are keyed by the module's path in the VAE (`decoder.middle.0.residual.2`) and allocated by the first
-    call; from then on their addresses never change: later calls, and later streams of the same size, update
-    them in place, so a CUDA graph may hold them. A slot is [B, C, 2, h', w'] (oldest frame first), or one
-    frame for the encoder's temporal down-samplers.
-
-    Call order: a first call, then any number of steady calls; `reset()` starts a new stream. One state serves
-    one stream; the weights hold nothing, so any number of streams can share them.
-    """
-
-    def __init__(self, half: str) -> None:
-        self.half = half  # "decoder" or "encoder"
-        self.slots: dict[str, Tensor] = {}
-        self.started = False
-        self.signature: tuple[object, ...] = ()
-
-    def reset(self) -> None:
-        """Start a new stream. Memory is kept: the first call overwrites every slot."""
-        self.started = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by all slots."""
-        return sum(slot.numel() * slot.element_size() for slot in self.slots.values())
-
-    def store(self, path: str, frames: Tensor) -> None:
-        """Overwrite (or allocate) the slot of `path` with `frames` [B, C, n, h', w']."""
-        slot = self.slots.get(path)
-        if slot is not None and _alike(slot, frames):
-            slot.copy_(frames)
-        else:
-            self.slots[path] = frames.clone(memory_format=torch.channels_last_3d)
-
-    def window(self, path: str, x: Tensor) -> Tensor:
-        """The slot's n frames followed by `x`, [B, C, n+T, h', w']; the slot then holds the newest n."""
-        slot = self.slots[path]
-        window = torch.cat([slot, x], dim=2)
-        slot.copy_(window[:, :, -slot.shape[2] :])
-        return window
-
-    def check(self, half: str, x: Tensor) -> None:
-        """Refuse a state of the other half, or a stream that changes its size, dtype or device midway."""
-        if self.half != half:
-            raise ValueError(f"got a state made for the {self.half}, expected one from {half}_state()")
-        signature = (x.shape[0], *x.shape[3:], x.dtype, x.device)
-        if self.started and signature != self.signature:
-            raise ValueError(
-                f"stream changed: got (batch, height, width, dtype, device) {signature}, expected "
-                f"{self.signature}: call reset() or make a new state"
-            )
-        self.signature = signature
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-
-
-def _own(piece: Tensor) -> Tensor:
-    """A slice in memory of its own: kernels are chosen by strides, and equal bits need equal kernels."""
-    return piece.clone(memory_format=torch.channels_last_3d)
-
-
-def frames_of(x: Tensor) -> Tensor:
-    """[B, C, T, H, W] in channels-last strides as its frames, [B*T, C, H, W]: a view, no copy."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def clip_of(frames: Tensor, batch: int) -> Tensor:
-    """Undo `frames_of`."""
-    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
-
-
 def convolve_window(window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve [B, C, T+2, H, W] with [O, C, 3, k, k]: valid in time, same size in space; [B, O, T, H, W].
 
@@ -218,7 +146,7 @@ class CausalConv3d(nn.Conv3d):
             return clip_of(F.conv2d(frames_of(x), self.weight[:, :, 0], self.bias), x.shape[0])
         if state is not None and state.started:
             return convolve_window(state.window(self.path, x), self.weight, self.bias)
-        past = _zero_frames(x, HISTORY)
+        past = zero_frames(x, HISTORY)
         if state is not None:
             state.store(self.path, torch.cat([past[:, :, 1:], x], dim=2))
         if x.shape[2] == 1:
@@ -229,11 +157,6 @@ class CausalConv3d(nn.Conv3d):
         """A first frame meets only the last time tap; the other two would multiply zeros. [B, C, 1, H, W]."""
         space = self.kernel_size[-1] // 2
         return F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding=space).unsqueeze(2)
-
-
-def _zero_frames(x: Tensor, count: int) -> Tensor:
-    """`count` frames of zeros like those of `x`."""
-    return torch.zeros_like(x[:, :, :1]).expand(-1, -1, count, -1, -1)
 
 
 class RMSNorm(nn.Module):
@@ -308,24 +231,18 @@ class Upsample(nn.Module):
 
     def _double_time(self, conv: CausalConv3d, x: Tensor, state: VaeState | None) -> Tensor:
         if state is not None and state.started:
-            return _interleave(conv(x, state))
+            return interleave(conv(x, state))
         if state is not None:
             # The first frame skips the convolution and is not remembered either: its history starts at zero.
-            state.store(conv.path, _zero_frames(x, HISTORY))
+            state.store(conv.path, zero_frames(x, HISTORY))
         if x.shape[2] == 1:
             return x
-        return torch.cat([x[:, :, :1], _interleave(convolve_clip(conv, x[:, :, 1:]))], dim=2)
+        return torch.cat([x[:, :, :1], interleave(convolve_clip(conv, x[:, :, 1:]))], dim=2)
 
 
 def convolve_clip(conv: CausalConv3d, x: Tensor) -> Tensor:
     """`conv` over a clip behind zero history, all three taps even for one frame."""
-    return convolve_window(torch.cat([_zero_frames(x, HISTORY), x], dim=2), conv.weight, conv.bias)
-
-
-def _interleave(x: Tensor) -> Tensor:
-    """[B, 2C, T, H, W] -> [B, C, 2T, H, W]: the first C channels are the even frames, the rest odd."""
-    even, odd = x.chunk(2, dim=1)
-    return torch.stack([even, odd], dim=3).flatten(2, 3).contiguous(memory_format=torch.channels_last_3d)
+    return convolve_window(torch.cat([zero_frames(x, HISTORY), x], dim=2), conv.weight, conv.bias)
 
 
 class Downsample(nn.Module):
@@ -441,103 +358,28 @@ class Decoder(_Half):
         return [*self.middle, *self.upsamples]
 
 
-class WanVae(nn.Module):
+class WanVae(StreamingVae):
     """The Wan2.1 VAE. Parameters have the original names, so `Wan2.1_VAE.pth` loads with `strict=True`.
 
-    Latents at this class's methods are normalised, as the transformer sees them: (raw - mean) / std per
-    channel. Pixels are floats in [-1, 1]. Both come back in the module's dtype. For speed on CUDA keep the
-    weights in channels-last: `vae.to(memory_format=torch.channels_last_3d)`.
+    On CUDA keep the weights in channels-last: `vae.to(memory_format=torch.channels_last_3d)`.
 
-    The streaming methods update their state in place and therefore build no autograd graph; `decode_train`
-    and `encode_train` compute the same function over whole clips, differentiably.
+    `encode_frame` is purely 2-D here: a third of the arithmetic of the 3-D path, and no approximation, because
+    zero history leaves only the last time tap of each kernel. So is the first call of `decode` and `encode`.
+    `decode_train` and `encode_train` compute the same function over whole clips, differentiably.
     """
 
+    spatial_factor = SPATIAL_FACTOR
+    temporal_factor = TEMPORAL_FACTOR
+
     def __init__(self, config: VaeConfig) -> None:
-        super().__init__()
+        super().__init__(config.latents_mean, config.latents_std)
         self.config = config
+        self.latent_channels = config.z_dim
         self.encoder = Encoder(config)
         self.conv1 = CausalConv3d(config.z_dim * 2, config.z_dim * 2, (1, 1, 1))
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
-        for path, module in self.named_modules():
-            if isinstance(module, CausalConv3d):
-                module.path = path
-        self._place_statistics()
-        self.register_load_state_dict_post_hook(lambda module, _: module._place_statistics())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WanVae:
-        super()._apply(fn, recurse)
-        self._place_statistics()
-        return self
-
-    def _place_statistics(self) -> None:
-        """Latent mean and std beside the weights. Not buffers: `.bfloat16()` must not round them."""
-        weight = self.conv2.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        shape = (1, -1, 1, 1, 1)
-        self.mean = torch.tensor(self.config.latents_mean, dtype=wide, device=weight.device).view(shape)
-        self.std = torch.tensor(self.config.latents_std, dtype=wide, device=weight.device).view(shape)
-
-    def decoder_state(self) -> VaeState:
-        """A fresh state for one stream of `decode`."""
-        return VaeState("decoder")
-
-    def encoder_state(self) -> VaeState:
-        """A fresh state for one stream of `encode`."""
-        return VaeState("encoder")
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, state: VaeState) -> Tensor:
-        """Decode the next latents of a stream: [B, z_dim, T, h, w] -> [B, 3, 4T, H, W] in [-1, 1].
-
-        A stream's first latent gives 1 frame instead of 4. Latents are decoded one by one whatever T is, so
-        the result and the state are bit-identical for every cut of a stream.
-
-        Raises `ValueError` for a wrong shape, an encoder's state, or a size that changes within the stream.
-        """
-        self._check_channels("latents", latents, self.config.z_dim)
-        z = self._denormalise(latents)
-        state.check("decoder", z)
-        pieces = []
-        for frame in z.split(1, dim=2):
-            pieces.append(self.decoder(_own(frame), state))
-            state.started = True
-        return torch.cat(pieces, dim=2).clamp_(-1.0, 1.0)
-
-    @torch.no_grad()
-    def encode(self, pixels: Tensor, state: VaeState) -> Tensor:
-        """Encode the next pixel frames of a stream: [B, 3, T, H, W] -> [B, z_dim, n, h, w], the mean.
-
-        A stream's first call takes T = 1 + 4k frames (n = 1 + k), later calls T = 4k (n = k). Frames are
-        encoded in groups of four whatever T is, so every cut into whole groups gives the same bits.
-
-        Raises `ValueError` for a wrong shape or frame count, a decoder's state, or a changed size.
-        """
-        self._check_pixels(pixels, first=0 if state.started else 1)
-        x = self._to_module(pixels)
-        state.check("encoder", x)
-        pieces = []
-        if not state.started:
-            pieces.append(self.encoder(_own(x[:, :, :1]), state))
-            state.started = True
-            x = x[:, :, 1:]
-        if x.shape[2]:
-            pieces.extend(self.encoder(_own(group), state) for group in x.split(TEMPORAL_FACTOR, dim=2))
-        return self._moments(torch.cat(pieces, dim=2))[0]
-
-    @torch.no_grad()
-    def encode_frame(self, pixels: Tensor) -> Tensor:
-        """Encode frames that each start a stream: [B, 3, 1, H, W] -> [B, z_dim, 1, h, w], the mean.
-
-        The same function as `encode` with a fresh state, without keeping one. It is purely 2-D, because zero
-        history leaves only the last time tap of each kernel: a third of the arithmetic, no approximation.
-
-        Raises `ValueError` for a wrong shape.
-        """
-        self._check_pixels(pixels, first=1)
-        if pixels.shape[2] != 1:
-            raise ValueError(f"got {pixels.shape[2]} frames, expected 1: encode() takes clips")
-        return self._moments(self.encoder(self._to_module(pixels)))[0]
+        self._finish_init()
 
     def decode_train(self, latents: Tensor, *, recompute: bool = False) -> Tensor:
         """Decode whole clips in one differentiable pass: [B, z_dim, T, h, w] -> [B, 3, 1 + 4(T-1), H, W].
@@ -547,8 +389,7 @@ class WanVae(nn.Module):
 
         Raises `ValueError` for a wrong shape.
         """
-        self._check_channels("latents", latents, self.config.z_dim)
-        return self.decoder(self._denormalise(latents), recompute=recompute)
+        return self.decoder(self.conv2(self._enter_decoder(latents)), recompute=recompute)
 
     def encode_train(self, pixels: Tensor, *, recompute: bool = False) -> tuple[Tensor, Tensor]:
         """Encode whole clips in one differentiable pass: [B, 3, 1 + 4k, H, W] -> (mean, logvar).
@@ -558,39 +399,16 @@ class WanVae(nn.Module):
 
         Raises `ValueError` for a wrong shape or frame count.
         """
-        self._check_pixels(pixels, first=1)
-        return self._moments(self.encoder(self._to_module(pixels), recompute=recompute))
+        return self._moments(self.encoder(self._enter_encoder(pixels, first=1), recompute=recompute))
 
-    def _to_module(self, x: Tensor) -> Tensor:
-        weight = self.conv2.weight
-        return x.to(weight.device, weight.dtype).contiguous(memory_format=torch.channels_last_3d)
+    def _decode_latent(self, z: Tensor, state: VaeState) -> Tensor:
+        return self.decoder(self.conv2(z), state)
 
-    def _denormalise(self, latents: Tensor) -> Tensor:
-        """Normalised latents to what the decoder eats; the affine map in fp32 at least."""
-        raw = latents.to(self.mean.device, self.mean.dtype) * self.std + self.mean
-        return self.conv2(self._to_module(raw))
+    def _encode_group(self, x: Tensor, state: VaeState | None) -> Tensor:
+        return self.encoder(x, state)
 
     def _moments(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised mean and log-variance from the encoder's output."""
         mean, logvar = self.conv1(hidden).to(self.mean.dtype).chunk(2, dim=1)
         mean = (mean - self.mean) / self.std
         logvar = logvar.clamp(-30.0, 20.0) - 2 * self.std.log()
         return mean.to(hidden.dtype), logvar.to(hidden.dtype)
-
-    @staticmethod
-    def _check_channels(name: str, x: Tensor, channels: int) -> None:
-        if x.ndim != 5 or x.shape[1] != channels or x.shape[2] < 1:
-            raise ValueError(f"got {name} of shape {list(x.shape)}, expected [B, {channels}, T, H, W]")
-
-    def _check_pixels(self, pixels: Tensor, *, first: int) -> None:
-        self._check_channels("pixels", pixels, 3)
-        frames, height, width = pixels.shape[2:]
-        if height % SPATIAL_FACTOR or width % SPATIAL_FACTOR:
-            raise ValueError(
-                f"got {width}x{height} pixels, expected multiples of {SPATIAL_FACTOR}: resize or crop"
-            )
-        if frames < first or (frames - first) % TEMPORAL_FACTOR:
-            rule = "1 + 4k frames (a stream's start)" if first else "4k frames (a stream's continuation)"
-            raise ValueError(
-                f"got {frames} pixel frames, expected {rule}: hold frames back until a group is whole"
-            )

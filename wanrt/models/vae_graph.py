@@ -7,6 +7,7 @@ fixed, so each graph is captured once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ from wanrt.models.vae import VaeState
 from wanrt.models.vae_fast import FastVae
 
 WARM_UP_CALLS = 3  # cuDNN picks its algorithms in the first, its workspaces settle in the second
+
+
+def measured_convolutions() -> AbstractContextManager[None]:
+    """Let cuDNN time its algorithms once per shape and keep the fastest."""
+    cudnn = torch.backends.cudnn
+    # `flags` switches cuDNN off unless told otherwise
+    return cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=cudnn.allow_tf32)
 
 
 class GraphedCall:
@@ -29,7 +37,7 @@ class GraphedCall:
         self.static = static
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), torch.backends.cudnn.flags(benchmark=True):
+        with torch.cuda.stream(side), measured_convolutions():
             for _ in range(WARM_UP_CALLS):
                 function(static)
             self.graph = torch.cuda.CUDAGraph()

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 from wanrt.errors import OutputError
 
@@ -14,6 +15,8 @@ from .quality import Quality
 from .sink import Sink
 from .spec import VideoSpec
 from .target import Target, check_target
+
+Muxer = Literal["auto", "pyav", "ffmpeg"]
 
 log = logging.getLogger("wanrt.output")
 
@@ -27,6 +30,7 @@ def open_sink(
     metadata: Mapping[str, object] | None = None,
     force: bool = False,
     threads: int = 0,
+    muxer: Muxer = "auto",
 ) -> Sink:
     """Open the sink that a name asks for.
 
@@ -38,6 +42,8 @@ def open_sink(
         metadata: prompt, seed, preset, version, title ...; `read_metadata` gives them back.
         force: replace what is there.
         threads: encoder threads, 0 for one per core (at most 8).
+        muxer: "pyav", "ffmpeg" (imageio-ffmpeg's, through a pipe), or "auto": ffmpeg only for what PyAV's
+            build lacks. GIF and PNG always go through PyAV.
 
     Raises:
         UsageError: the name, codec or quality is wrong, or the file exists and `force` is not given.
@@ -45,16 +51,35 @@ def open_sink(
     """
     target = check_target(path, force, codec)
     tags, chosen = as_tags(metadata), Quality.parse(quality)
-    return _open_movie(target, spec, chosen, tags, force, threads)
+    if target.container == "png":
+        from .images import PngSink
+
+        return PngSink(target, spec, tags)
+    if target.container == "gif":
+        from .gif import GifSink
+
+        return GifSink(target, spec, tags, force=force)
+    return _open_movie(target, spec, chosen, tags, force, threads, muxer)
 
 
 def _open_movie(
-    target: Target, spec: VideoSpec, quality: Quality, tags: dict[str, str], force: bool, threads: int
+    target: Target,
+    spec: VideoSpec,
+    quality: Quality,
+    tags: dict[str, str],
+    force: bool,
+    threads: int,
+    muxer: Muxer,
 ) -> Sink:
     from .encoder import choose_encoder
     from .movie import MovieSink
 
-    settings = choose_encoder(target.codec, spec, quality)
-    if settings is None:
-        raise OutputError(f"{target.path}: no encoder for {target.codec} here; try --codec h264")
-    return MovieSink(target, replace(settings, threads=threads, metadata=tags), tags, force=force)
+    settings = choose_encoder(target.codec, spec, quality) if muxer != "ffmpeg" else None
+    if settings is not None:
+        return MovieSink(target, replace(settings, threads=threads, metadata=tags), tags, force=force)
+    if muxer == "pyav":
+        raise OutputError(f"{target.path}: no encoder for {target.codec} in PyAV's FFmpeg; try --codec h264")
+    from .pipe import PipeSink, choose_pipe_encoder
+
+    settings = choose_pipe_encoder(target.codec, spec, quality)
+    return PipeSink(target, replace(settings, threads=threads, metadata=tags), tags, force=force)

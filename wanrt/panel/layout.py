@@ -10,11 +10,11 @@ from rich.text import Text
 
 from wanrt.panel import bars, words
 from wanrt.panel.bars import Glyphs
-from wanrt.panel.snapshot import LoadStep, Phase, Snapshot, StageRow
+from wanrt.panel.snapshot import LoadStep, Memory, Phase, Snapshot, StageRow
 
-# Mid-tones that read on black and on white; Rich maps them to what the terminal has.
-ACCENT, GOOD, WARN, BAD, DIM = "#2aa9b8", "#4fa35a", "#c98a1b", "#d0504c", "bright_black"
-STAGE_COLOURS = {"mesh": ACCENT, "stage0": "#9a6fd0", "text": "#c06a9e", "encoder": "#5a93d6"}
+# The terminal's own sixteen colours: its user chose them to be readable on its background.
+ACCENT, GOOD, WARN, BAD, DIM = "cyan", "green", "yellow", "red", "bright_black"
+STAGE_COLOURS = {"mesh": ACCENT, "stage0": "magenta", "text": "yellow", "encoder": "blue"}
 MARGIN = 1
 GAP = "  "
 
@@ -59,6 +59,8 @@ def _fit(sections: Sequence[Section], room: int) -> list[Text]:
 
 
 def _margin(line: Text, view: View) -> Text:
+    if not line:
+        return line
     whole = Text(" " * MARGIN, no_wrap=True, end="")
     whole.append_text(line)
     whole.truncate(view.width - 1, overflow="crop")
@@ -91,18 +93,29 @@ def _join(parts: Sequence[Text], width: int, gap: str = GAP) -> Text:
     return line
 
 
+def _flow(parts: Sequence[Text], view: View, rank: int, gap: str = "   ") -> list[Section]:
+    """`parts` on one line, and what does not fit on a second one that is the first of the two to go."""
+    rows, width = [Text()], view.inner
+    for part in parts:
+        if rows[-1].cell_len and rows[-1].cell_len + len(gap) + part.cell_len > width:
+            rows.append(Text())
+        rows[-1].append_text(Text.assemble(gap, part) if rows[-1].cell_len else part)
+    return [Section(rank - 30 * i, [row]) for i, row in enumerate(rows[:2]) if row.cell_len]
+
+
 def _running(snapshot: Snapshot, view: View) -> list[Section]:
     blank = [Text()]
     return [
+        Section(9, blank),
         Section(60, [_heading(snapshot, view)]),
         Section(100, [_progress(snapshot, view)]),
-        Section(90, [_rates(snapshot, view)]),
+        *_flow(_rates(snapshot, view), view, rank=90),
         Section(10, blank),
         Section(80, _stages(snapshot, view)),
         Section(20, _axis(snapshot, view)),
         Section(11, blank),
         Section(70, _prompt(snapshot, view)),
-        Section(50, _resources(snapshot, view)),
+        *_flow(_resources(snapshot, view), view, rank=50),
         Section(75, _warnings(snapshot, view)),
     ]
 
@@ -143,8 +156,8 @@ def _endless(snapshot: Snapshot, view: View) -> Text:
     return _join(parts, view.inner)
 
 
-def _rates(snapshot: Snapshot, view: View) -> Text:
-    fps = Text.assemble((f"{words.rate(snapshot.fps_now):>5} fps", "bold"))
+def _rates(snapshot: Snapshot, view: View) -> list[Text]:
+    fps = Text.assemble((f"{words.rate(snapshot.fps_now)} fps", "bold"))
     parts = [fps, Text(f"mean {words.rate(snapshot.fps_mean)}")]
     speed = snapshot.fps_now or snapshot.fps_mean
     if speed and snapshot.fps_target:
@@ -152,11 +165,7 @@ def _rates(snapshot: Snapshot, view: View) -> Text:
         parts.append(Text(f"{times:.2f}x real time", GOOD if times >= 1 else WARN))
     parts.append(_fact("first frame", words.seconds(snapshot.time_to_first_frame_s)))
     parts.append(_fact("elapsed", words.clock_time(snapshot.elapsed_s + view.age)))
-    if snapshot.chunk is not None:
-        parts.append(_fact("chunk", str(snapshot.chunk)))
-    if snapshot.period_s:
-        parts.append(_fact("period", words.milliseconds(snapshot.period_s * 1000)))
-    return _join(parts, view.inner, "   ")
+    return parts
 
 
 def _fact(name: str, value: str) -> Text:
@@ -216,7 +225,10 @@ def _axis(snapshot: Snapshot, view: View) -> list[Text]:
     space = columns.bar - len(left) - 3
     if space < 1:
         return []
-    return [Text(" " * (columns.name + 2) + left + " " * space + "now", DIM)]
+    axis = " " * (columns.name + 2) + left + " " * space + "now"
+    if columns.bubble and snapshot.period_s:
+        axis += f"{GAP}{'':>5}{GAP} period {words.milliseconds(snapshot.period_s * 1000):>7}"
+    return [Text(axis, DIM)]
 
 
 def _prompt(snapshot: Snapshot, view: View) -> list[Text]:
@@ -242,12 +254,15 @@ def _resources(snapshot: Snapshot, view: View) -> list[Text]:
         late = WARN if snapshot.encoder_lag_s > 1 else ""
         parts.append(Text.assemble(("encoder lag ", DIM), (words.seconds(snapshot.encoder_lag_s), late)))
     if snapshot.memory:
-        parts.append(_fact("memory", words.size(snapshot.memory.rss)))
-        if snapshot.memory.device_used is not None:
-            used = words.size(snapshot.memory.device_used)
-            total = f" of {words.size(snapshot.memory.device_total)}" if snapshot.memory.device_total else ""
-            parts.append(_fact("GPU", used + total))
-    return [_join(parts, view.inner, "   ")] if parts else []
+        parts.append(_memory(snapshot.memory))
+    return parts
+
+
+def _memory(memory: Memory) -> Text:
+    line = _fact("memory", words.size(memory.rss))
+    if memory.device_used is not None:
+        line.append_text(_fact("   GPU", words.of_size(memory.device_used, memory.device_total)))
+    return line
 
 
 def _queue(name: str, depth: int, capacity: int, glyphs: Glyphs) -> Text:
@@ -268,11 +283,13 @@ def _loading(snapshot: Snapshot, view: View) -> list[Section]:
     name = max((cell_len(step.name) for step in snapshot.load), default=0)
     elapsed = snapshot.elapsed_s + view.age
     rows = [_load(step, min(name, view.inner // 3), elapsed, view) for step in snapshot.load]
-    room = max(1, view.height - 3)
+    room = max(1, view.height - 2)
     active = next((i for i, s in enumerate(snapshot.load) if s.state == "active"), len(rows))
     first = max(0, min(active - room // 2, len(rows) - room))
     return [
+        Section(9, [Text()]),
         Section(60, [_heading(snapshot, view)]),
+        Section(10, [Text()]),
         Section(80, rows[first : first + room]),
         Section(75, _warnings(snapshot, view)),
     ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from rich.console import COLOR_SYSTEMS, Console
@@ -40,34 +41,24 @@ class Painter:
         self._codes: list[str] = []
         self._columns = 0
 
-    def paint(self, lines: list[Text]) -> None:
-        """Show `lines` in the place of those shown before."""
+    def paint(self, lines: list[Text], above: Sequence[Text] = ()) -> None:
+        """Show `lines` in the place of those shown before; `above` scrolls by over them, for good."""
         columns = self._size()[0]
         codes = [self._encode(line) for line in lines]
-        resized = columns != self._columns
         out = [BEGIN, self._home(columns)]
-        for index, code in enumerate(codes):
-            same = not resized and index < len(self._codes) and self._codes[index] == code
-            out.append("\n" if same else f"{code}{ERASE_LINE}\n")
-        if resized or len(codes) < len(self._codes):
+        if above or columns != self._columns or len(codes) < len(self._codes):
             out.append(ERASE_BELOW)
-        out.append(END)
-        self._write(out)
+            self._codes = []
+        out += [f"{self._encode(line)}\n" for line in above]
+        for code, old in itertools.zip_longest(codes, self._codes[: len(codes)]):
+            out.append("\n" if code == old else f"{code}{ERASE_LINE}\n")
+        self._stream.write("".join([*out, END]))
+        self._stream.flush()
         self._shown, self._codes, self._columns = lines, codes, columns
 
-    def print(self, lines: list[Text]) -> None:
+    def print(self, lines: Sequence[Text]) -> None:
         """Let `lines` scroll by above the panel, which stays."""
-        kept = self._shown
-        out = [BEGIN, self._home(self._size()[0]), ERASE_BELOW]
-        out += [f"{self._encode(line)}\n" for line in lines]
-        self._shown, self._codes = [], []
-        self._write(out)
-        self.paint(kept)
-
-    def clear(self) -> None:
-        """Take the panel away."""
-        self._write([self._home(self._size()[0]), ERASE_BELOW])
-        self._shown, self._codes = [], []
+        self.paint(self._shown, lines)
 
     def _home(self, columns: int) -> str:
         """To the panel's first row. A terminal made narrower has wrapped the rows since they were written."""
@@ -77,15 +68,11 @@ class Painter:
 
     def _encode(self, text: Text) -> str:
         """`text` with the escape codes of this terminal; without colours, bold and reverse stay."""
-        segments = text.render(self._console)
+        segments = Text.assemble(text).render(self._console)
         if self._console.no_color:
             segments = Segment.remove_color(segments)
         system = COLOR_SYSTEMS.get(self._console.color_system or "")
         return "".join(s.style.render(s.text, color_system=system) if s.style else s.text for s in segments)
-
-    def _write(self, parts: list[str]) -> None:
-        self._stream.write("".join(parts))
-        self._stream.flush()
 
 
 class LivePanel:
@@ -138,13 +125,16 @@ class LivePanel:
             self._thread.join(timeout=2)
         self._raise()
         with self._lock:
-            self._painter.clear()
-            if summary:
-                first, *rest = summary_lines(summary, self._glyphs)
-                style = layout.WARN if summary.stopped else layout.GOOD
-                mark, _, words = first.partition(" ")
-                lines = [Text.assemble((mark, f"bold {style}"), " ", words)]
-                self._painter.print([*lines, *(Text(line, layout.DIM) for line in rest)])
+            self._painter.paint([], self._farewell(summary) if summary else ())
+
+    def _farewell(self, summary: Summary) -> list[Text]:
+        first, *rest = summary_lines(summary, self._glyphs)
+        mark, _, words = first.partition(" ")
+        style = layout.WARN if summary.stopped else layout.GOOD
+        return [
+            Text.assemble((mark, f"bold {style}"), " ", words),
+            *(Text(line, layout.DIM) for line in rest),
+        ]
 
     def paint(self) -> None:
         """Show the newest snapshot as of now."""

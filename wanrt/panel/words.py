@@ -32,6 +32,15 @@ def size(count: int) -> str:
     return f"{value:.{digits}f} {UNITS[unit]}"
 
 
+def of_size(part: int, whole: int | None) -> str:
+    """`61.3/80.0 GiB`: a part of a size, in the unit of the whole."""
+    if not whole:
+        return size(part)
+    number, unit = size(whole).split()
+    digits = len(number.partition(".")[2])
+    return f"{part / 1024 ** UNITS.index(unit):.{digits}f}/{number} {unit}"
+
+
 def milliseconds(value: float | None) -> str:
     """`57 ms`, `4.2 ms`, `1.25 s`; `-` when unknown."""
     if value is None:

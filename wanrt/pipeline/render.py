@@ -146,7 +146,7 @@ class _Run:
             job.output,
             VideoSpec(job.width, job.height, job.fps),
             codec=job.codec,
-            **({} if job.quality is None else {"quality": f"crf={job.quality}"}),  # type: ignore[arg-type]
+            **({} if job.quality is None else {"quality": job.quality}),  # type: ignore[arg-type]
             metadata=metadata(job),
             force=job.force,
         )

@@ -86,7 +86,7 @@ def _looks_like_file(argument: str, path: Path) -> bool:
 
 def _no_file(argument: str, path: Path) -> str:
     close = units.nearest(path.stem, demo_names())
-    hint = f"did you mean the demo {close}?" if close else f"demos: {', '.join(demo_names())}"
+    hint = f"did you mean {close}?" if close else ", ".join(demo_names())
     return (
         f"{units.show(argument)} does not exist: give a prompt file, a prompt in quotes, or a demo ({hint})"
     )

@@ -11,8 +11,7 @@ from wanrt.script.timeline import Timeline, chunks_for
 
 ANCHORS = ("decode-all", "overlap", "anchor-only", "latent", "first-frame")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp8")
-CODECS = ("h264", "hevc", "av1")
-QUALITY_RANGE = (0, 51)  # constant rate factor: 0 is best, about 6 more halve the file
+CODECS = ("h264", "hevc", "av1", "vp9")
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class RenderJob:
     random_weights: bool = False
     output: Path | None = None
     codec: str | None = None
-    quality: int | None = None
+    quality: float | str | None = None  # 0 to 100, or "crf=N"
     force: bool = False
     stats: Path | None = None
     trace: Path | None = None

@@ -269,4 +269,4 @@ def _bundled(kind: str) -> tuple[str, ...]:
 
 def _plain(name: str) -> bool:
     """Whether `name` can only be a file of the package: no folders, nothing hidden."""
-    return bool(name) and all(c.isalnum() or c in "._-" for c in name) and not name.startswith(".")
+    return 0 < len(name) <= 64 and all(c.isalnum() or c in "._-" for c in name) and not name.startswith(".")

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, model_validator
 
 from wanrt.script import units
-from wanrt.script.job import ANCHORS, CODECS, PRECISIONS, QUALITY_RANGE
+from wanrt.script.job import ANCHORS, CODECS, PRECISIONS
 from wanrt.script.preset import Size, Table
 from wanrt.script.timeline import Blend, Curve
 from wanrt.script.units import Expected
@@ -90,9 +90,7 @@ class Transition(Table):
         try:
             return {"over": units.duration(value, zero=True)}
         except Expected:
-            raise Expected(
-                '"cut", a duration such as "0.5s", or { over = "0.5s", curve = "slerp" }'
-            ) from None
+            raise Expected('"cut", a time such as "0.5s", or { over = "0.5s", curve = "slerp" }') from None
 
 
 class SceneTable(Table):
@@ -139,7 +137,7 @@ class Settings(Table):
     window: Annotated[Any, _whole(1, 48, "latent frames")] | None = None
     bias: Bias | None = None
     codec: Annotated[Any, _word(CODECS, "a codec")] | None = None
-    quality: Annotated[Any, _whole(*QUALITY_RANGE, "a constant rate factor, 0 is best")] | None = None
+    quality: Annotated[Any, BeforeValidator(units.quality)] | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> Settings:
@@ -159,14 +157,14 @@ class PromptFile(Settings):
     scene: Annotated[tuple[SceneTable, ...], BeforeValidator(scenes)]
 
 
-def topology(value: object) -> str:
+def check_topology(value: object) -> str:
     """A topology: single, auto, [pp1+]tp=N or [pp1+]ulysses=N, with or without +vae=M."""
     if isinstance(value, str) and TOPOLOGY.fullmatch(value):
         return value
     raise Expected("single, auto, tp=N, ulysses=N, pp1+tp=N or pp1+ulysses=N, each also with +vae=M")
 
 
-def device(value: object) -> str:
+def check_device(value: object) -> str:
     """auto, cpu, cuda or cuda:N."""
     if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
         return value
@@ -176,9 +174,9 @@ def device(value: object) -> str:
 class Flags(Settings):
     """The settings that come from the command line. Those of `Settings` win over the file's."""
 
-    topology: Annotated[str, BeforeValidator(topology)] = "single"
+    topology: Annotated[str, BeforeValidator(check_topology)] = "single"
     precision: Annotated[str, _word(PRECISIONS, "a precision")] = "auto"
-    device: Annotated[str, BeforeValidator(device)] = "auto"
+    device: Annotated[str, BeforeValidator(check_device)] = "auto"
     weights: str | None = None
     random_weights: bool = False
     output: str | None = None

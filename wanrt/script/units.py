@@ -19,6 +19,7 @@ FPS_RANGE = (1, 240)
 SEED_RANGE = (0, 2**63 - 1)  # what torch.Generator.manual_seed takes without wrapping
 LONGEST = Fraction(24 * 3600)  # seconds; a longer wish is nearly always a slip of the unit
 MAX_TIMESTEP = 1000
+MAX_CRF = 63  # of AV1 and VP9; H.264 and HEVC end at 51, which the encoder says
 
 _UNITS = {
     "h": Fraction(3600),
@@ -27,9 +28,9 @@ _UNITS = {
     "s": Fraction(1),
     "ms": Fraction(1, 1000),
 }
-_NUMBER = r"(?:\d{1,12}(?:\.\d{1,9})?|\.\d{1,9})"
+_NUMBER = r"(?:[0-9]{1,12}(?:\.[0-9]{1,9})?|\.[0-9]{1,9})"
 _PART = re.compile(rf"({_NUMBER})\s*(h|min|ms|m|s)\s*")
-_SIZE = re.compile(r"\s*(\d{1,9})\s*[xX×*]\s*(\d{1,9})\s*")  # noqa: RUF001 (people type the sign)
+_SIZE = re.compile(r"\s*([0-9]{1,9})\s*[xX×*]\s*([0-9]{1,9})\s*")  # noqa: RUF001 (people type the sign)
 
 
 class Expected(ValueError):  # noqa: N818 (it names what would have been right)
@@ -55,7 +56,7 @@ def number(value: object, expected: str) -> Fraction:
     if isinstance(value, int | Fraction):
         return _bounded(Fraction(value), expected)
     text = repr(value) if isinstance(value, float) else value.strip()
-    if not re.fullmatch(rf"[+-]?(?:{_NUMBER}(?:[eE][+-]?\d{{1,3}})?|\d{{1,12}}/\d{{1,12}})", text):
+    if not re.fullmatch(rf"[+-]?(?:{_NUMBER}(?:[eE][+-]?[0-9]{{1,3}})?|[0-9]{{1,12}}/[0-9]{{1,12}})", text):
         raise Expected(expected)
     try:
         return _bounded(Fraction(text), expected)
@@ -141,7 +142,7 @@ def fps(value: object) -> Fraction:
 def whole(value: object, low: int, high: int, what: str) -> int:
     """An integer from `low` to `high`; text of one is taken too, because flags are text."""
     expected = f"{what}, a whole number from {low} to {high}"
-    if isinstance(value, str) and re.fullmatch(r"\s*\+?\d{1,30}\s*", value):
+    if isinstance(value, str) and re.fullmatch(r"\s*\+?[0-9]{1,30}\s*", value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise Expected(expected)
@@ -155,9 +156,7 @@ def seed(value: object) -> int:
 
 def between(value: object, low: float, high: float, what: str, *, above: bool = False) -> float:
     """A finite number from `low` (exclusive when `above`) to `high`."""
-    expected = (
-        f"{what}, {'more than' if above else 'from'} {low:g}{' and at most' if above else ' to'} {high:g}"
-    )
+    expected = f"{what} {'above' if above else 'from'} {low:g}{', at most' if above else ' to'} {high:g}"
     n = float(number(value, expected))
     if not (low < n if above else low <= n) or n > high:
         raise Expected(expected)
@@ -181,6 +180,19 @@ def steps(value: object) -> int | tuple[float, ...]:
     if not 1 <= len(times) <= 50 or times[0] != MAX_TIMESTEP or not falling or times[-1] <= 0:
         raise Expected(expected)
     return times
+
+
+def quality(value: object) -> float | str:
+    """A quality from 0 (small) to 100 (visually lossless), or the encoder's own scale as "crf=18"."""
+    expected = 'a quality from 0 to 100 (75 is usual), or the encoder\'s own scale such as "crf=18"'
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*crf\s*=\s*([0-9]{1,2}(?:\.[0-9])?)\s*", value)):
+        if float(match[1]) > MAX_CRF:
+            raise Expected(expected)
+        return f"crf={match[1]}"
+    n = float(number(value, expected))
+    if not 0 <= n <= 100:
+        raise Expected(expected)
+    return n
 
 
 def choice(value: object, known: Iterable[str], what: str) -> str:

@@ -1,0 +1,107 @@
+"""The doctor's judgements on machines that are not here, and its report on the one that is."""
+
+import json
+import math
+
+import pytest
+
+from wanrt.cli import app
+from wanrt.probes import doctor
+from wanrt.probes.doctor import GIB, Check, Gpu, Verdict
+from wanrt.script import load_preset, preset_names
+
+H200 = Gpu(0, "NVIDIA H200", (9, 0), 139 * GIB, 138 * GIB)
+SMALL = Gpu(0, "small", (8, 6), 8 * GIB, 8 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict"),
+    [
+        (90701, Verdict.GOOD), (90800, Verdict.BAD), (91002, Verdict.BAD), (91200, Verdict.BAD),
+        (91300, Verdict.NOTE), (91400, Verdict.NOTE), (91500, Verdict.GOOD), (100000, Verdict.GOOD),
+    ],
+)  # fmt: skip
+def test_cudnn_versions(version, verdict):
+    assert doctor.judge_cudnn(version)[0] is verdict
+
+
+def test_sizes_of_the_published_models():
+    """Parameter counts of the checkpoints: 14.29 G, 1.42 G; UMT5-XXL 5.68 G; two bytes each."""
+    big, small = doctor.estimate(load_preset("krea-14b")), doctor.estimate(load_preset("self-forcing-1.3b"))
+    assert big.transformer / 2 == pytest.approx(14.29e9, rel=0.01)
+    assert small.transformer / 2 == pytest.approx(1.419e9, rel=0.01)
+    assert big.text_encoder / 2 == pytest.approx(5.68e9, rel=0.01)
+    assert 40 * GIB < big.total < 80 * GIB  # it fits one 80 GB device
+    assert doctor.estimate(load_preset("wan-tiny")).total < GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "missing", "verdict", "says"),
+    [
+        ("wan-tiny", [], (), Verdict.GOOD, "will run on the CPU"),
+        ("wan-tiny", [SMALL], (), Verdict.GOOD, "will run on the GPU"),
+        ("wan-tiny", [], ("vae",), Verdict.NOTE, "reinstall wanrt"),
+        ("krea-14b", [], (), Verdict.NOTE, "needs a GPU with"),
+        ("krea-14b", [SMALL], (), Verdict.NOTE, "the largest GPU has 8 GiB"),
+        ("krea-14b", [SMALL, H200], (), Verdict.GOOD, "will run on the GPU"),
+        ("krea-14b", [H200], ("text_encoder",), Verdict.NOTE, "no text encoder: wanrt weights pull krea-14b"),
+    ],
+)
+def test_preset_verdicts(name, gpus, missing, verdict, says):
+    got, text = doctor.judge_preset(load_preset(name), gpus, missing)
+    assert got is verdict
+    assert says in text
+
+
+def test_a_check_that_breaks_is_a_row():
+    def broken():
+        yield Check("x", "one", Verdict.GOOD, "fine")
+        raise OSError("no\nsuch thing")
+
+    rows = doctor._guarded("x", broken)
+    assert [row.verdict for row in rows] == [Verdict.GOOD, Verdict.BAD]
+    assert "OSError: no such thing" in rows[1].text
+
+
+def test_healthy_needs_a_preset_that_runs():
+    good = Check("presets", "a", Verdict.GOOD, "")
+    assert doctor.healthy([good, Check("x", "b", Verdict.NOTE, "")])
+    assert not doctor.healthy([good, Check("x", "b", Verdict.BAD, "")])
+    assert not doctor.healthy([Check("presets", "a", Verdict.NOTE, "")])
+
+
+def test_encoders_are_tried():
+    rows = {row.name: row for row in doctor.encoders()}
+    assert rows["h264 libx264"].verdict is Verdict.GOOD
+
+
+def test_terminal_without_one():
+    (row,) = doctor.terminal({"TERM": "dumb"})
+    assert "plain lines" in row.text
+
+
+def test_report_of_this_machine(capsys):
+    with pytest.raises(SystemExit) as ended:
+        app.run(["doctor", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["section"] for row in rows} >= {"versions", "devices", "encoders", "terminal", "presets"}
+    assert {row["name"] for row in rows if row["section"] == "presets"} == set(preset_names())
+    checks = [Check(**{**row, "verdict": Verdict(row["verdict"])}) for row in rows]
+    assert ended.value.code == (0 if doctor.healthy(checks) else 1)
+    text = doctor.report(checks)
+    assert all(line == "" or line.strip() for line in text.splitlines())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    gpus = doctor.find_gpus()
+    assert gpus
+    assert math.isfinite(doctor.conv3d_error(0))
+    assert [row.name for row in doctor.cudnn(gpus)] == ["cudnn", "bf16 conv3d"]
+
+
+@pytest.mark.multigpu
+def test_links_between_gpus():
+    gpus = doctor.find_gpus()
+    assert len(list(doctor.links(gpus))) == len(gpus) * (len(gpus) - 1) // 2
+    assert doctor.copy_rate(0, 1) > 0.1
