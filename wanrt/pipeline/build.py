@@ -63,6 +63,12 @@ def find_files(job: RenderJob) -> ModelFiles | None:
     return resolve(job.preset, job.weights)
 
 
+def check_topology(job: RenderJob) -> None:
+    """Raises `UsageError` for a topology of more than one device."""
+    if job.topology not in ("single", "auto"):
+        raise UsageError(f"topology {job.topology}: this pipeline runs on one device; use --topology single")
+
+
 def build_pipeline(
     job: RenderJob,
     files: ModelFiles | None,
@@ -77,8 +83,6 @@ def build_pipeline(
     from wanrt.pipeline.devices import choose_precision
     from wanrt.pipeline.models import load_models
 
-    if job.topology not in ("single", "auto"):
-        raise UsageError(f"topology {job.topology}: this pipeline runs on one device; use --topology single")
     models = load_models(job, files, device, choose_precision(job.precision, device), wiring.progress)
     wiring.check()
     return join(job, models, device, wiring, tuning)

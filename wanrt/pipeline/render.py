@@ -79,7 +79,8 @@ class _Run:
     def prepare(self) -> None:
         """Everything that can be refused without loading a model."""
         from wanrt.output import check_target
-        from wanrt.pipeline.build import find_files
+        from wanrt.pipeline.build import check_topology, find_files
+        from wanrt.pipeline.devices import choose_device, wait_passively
 
         job = self._job
         if job.output is None:
@@ -90,7 +91,10 @@ class _Run:
                 raise UsageError(
                     f"{path}: no directory {path.absolute().parent}; create it or choose another path"
                 )
+        check_topology(job)
         self._files = find_files(job)
+        wait_passively()
+        self._device = choose_device(job.device)
 
     def go(self) -> None:
         """Loads, makes, finishes, writes the measurements."""
@@ -109,10 +113,9 @@ class _Run:
 
     def _make(self) -> None:
         from wanrt.pipeline.build import Wiring, build_pipeline, make_recorder
-        from wanrt.pipeline.devices import choose_device, set_threads
+        from wanrt.pipeline.devices import set_threads
 
-        job = self._job
-        device = choose_device(job.device)
+        job, device = self._job, self._device
         log.info("device %s, %d threads", device, set_threads(device))
         self._recorder = recorder = make_recorder(job, device, self._started_ns)
         sink = self._open_sink(recorder)
@@ -174,18 +177,18 @@ class _Run:
                 self._error = self._error or failed
 
     def summary(self) -> Summary | None:
-        """How it ended, for the observer; None when nothing was started."""
+        """How it ended, for the observer; None when there is no video to speak of."""
         from wanrt.panel import Summary
 
-        if self._recorder is None:
+        if self._recorder is None or self._output is None:
             return None
         stats = self._recorder.stats()
         return Summary(
-            output=str(self._output or self._job.output),
+            output=str(self._output),
             frames=stats.frames,
             seconds=stats.wall_s,
             fps=stats.fps_mean,
-            size=self._output.stat().st_size if self._output and self._output.exists() else None,
+            size=self._output.stat().st_size if self._output.is_file() else None,
             video_seconds=float(stats.frames / self._job.fps),
             time_to_first_frame_s=stats.time_to_first_frame_s,
             stopped=self._stopped,
