@@ -3,6 +3,11 @@
 import os
 
 import torch
+from hypothesis import settings
+
+# Time on a shared machine says nothing about a test.
+settings.register_profile("wanrt", deadline=None)
+settings.load_profile("wanrt")
 
 if not torch.cuda.is_available():
     # read when triton is first imported: kernels then run, slowly, on the CPU

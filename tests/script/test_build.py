@@ -236,9 +236,7 @@ def test_all_findings_in_one_go_in_the_files_order(findings_of):
 
 def test_flag_findings(findings_of):
     scene = '[[scene]]\nprompt = "x"'
-    assert findings_of(scene, topology="tp=x")[0].startswith(
-        '--topology: got "tp=x"; expected single, auto, tp=N'
-    )
+    assert findings_of(scene, topology="tp=x")[0].startswith('--topology: got "tp=x"; expected single, tp=N')
     assert findings_of(scene, device="gpu")[0].startswith('--device: got "gpu"')
     assert findings_of(scene, duration="1s", chunks="3") == ["flags: expected duration or chunks, not both"]
     assert findings_of(scene, preset="self-forcing-1.3b", anchor="latent")[0].startswith(
@@ -256,7 +254,7 @@ def test_videos_longer_than_a_day(findings_of):
     "text", ["single", "auto", "tp=2", "ulysses=5", "pp1+tp=4", "pp1+ulysses=4+vae=4", "tp=2+vae=2"]
 )
 def test_topologies(job_of, text):
-    assert job_of('[[scene]]\nprompt = "x"', topology=text).topology == text
+    assert job_of('[[scene]]\nprompt = "x"', topology=text, preset="krea-14b").topology == text
 
 
 @pytest.mark.parametrize(
@@ -264,6 +262,11 @@ def test_topologies(job_of, text):
 )
 def test_wrong_topologies(findings_of, text):
     assert findings_of('[[scene]]\nprompt = "x"', topology=text)
+
+
+def test_topologies_that_the_model_cannot_take(findings_of):
+    (finding,) = findings_of('[[scene]]\nprompt = "x"', topology="tp=5", preset="krea-14b")
+    assert finding.startswith("--topology tp=5: 13824 % 5 = 4 (ffn_dim), expected 0; nearest valid: tp=4")
 
 
 def test_bare_prompts():

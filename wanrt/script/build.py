@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 
 from wanrt.errors import ScriptError, UsageError
+from wanrt.parallel.topology import ModelShape, Topology, check
 from wanrt.script import findings as say
 from wanrt.script import units
 from wanrt.script.job import RenderJob
@@ -142,6 +143,7 @@ class _Resolver:
         if preset is None:
             raise ScriptError(self._report())
         self._check_model(preset)
+        self._check_topology(preset)
         fps: Fraction = self._pick("fps") or preset.video.fps
         layout = lay_out(self.file, self.flags, fps)
         for path, text in layout.findings:
@@ -220,6 +222,19 @@ class _Resolver:
         high = MAX_WINDOW if recompute else preset.cache.window
         if window is not None and not low <= window <= high:
             self._refuse("window", f"got {window}; expected {low} to {high} latent frames for {preset.name}")
+
+    def _check_topology(self, preset: Preset) -> None:
+        """Refuse a topology whose divisions do not come out even; how many devices there are is asked later."""
+        if self.flags.topology == "auto":
+            return
+        width, height = self._pick("size") or preset.video.sizes[0]
+        shape = ModelShape(
+            preset.transformer.num_heads, preset.transformer.ffn_dim, (height // 16) * (width // 16)
+        )
+        try:
+            check(Topology.parse(self.flags.topology), shape)
+        except UsageError as bad:
+            self.findings.append((0, f"--{bad}"))
 
     def _refuse(self, key: str, text: str) -> None:
         """Note `text` wherever `key` is set: as a flag, in the file, in scenes."""

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, model_validator
 
+from wanrt.errors import UsageError
+from wanrt.parallel.topology import FORMS, Topology
 from wanrt.script import units
 from wanrt.script.job import ANCHORS, CODECS, PRECISIONS
 from wanrt.script.preset import Size, Table
@@ -21,7 +23,6 @@ from wanrt.script.units import Expected
 LONGEST_CHUNKS = 2_000_000
 MAX_SCENES = 10_000
 MAX_PROMPT = 100_000  # characters; the model reads 512 tokens, so more is a file given by mistake
-TOPOLOGY = re.compile(r"single|auto|(pp1\+)?(tp|ulysses)=[1-9]\d{0,2}(\+vae=[1-9]\d{0,2})?")
 
 Steps = Annotated[Any, BeforeValidator(units.steps)]
 Seconds = Annotated[Any, BeforeValidator(units.duration)]
@@ -158,10 +159,11 @@ class PromptFile(Settings):
 
 
 def check_topology(value: object) -> str:
-    """A topology: single, auto, [pp1+]tp=N or [pp1+]ulysses=N, with or without +vae=M."""
-    if isinstance(value, str) and TOPOLOGY.fullmatch(value):
-        return value
-    raise Expected("single, auto, tp=N, ulysses=N, pp1+tp=N or pp1+ulysses=N, each also with +vae=M")
+    """A topology in the grammar of `wanrt.parallel.topology`, or auto. Whether it fits the model comes later."""
+    try:
+        return "auto" if value == "auto" else str(Topology.parse(str(value)))
+    except UsageError:
+        raise Expected(FORMS) from None
 
 
 def check_device(value: object) -> str:
