@@ -119,6 +119,8 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """`total = x + update * gate`; `normed = LayerNorm(total) * (1 + scale) + shift`.
 
+    Triton on CUDA; `add_norm_ref` elsewhere, and wherever a gradient is wanted.
+
     Args:
         x: [B, T, C], contiguous.
         update: [B, T, C], contiguous, in x's dtype, or None: nothing to add.
@@ -136,9 +138,14 @@ def add_norm(
         ValueError: shapes, layout or dtypes that do not fit, each with what was got and expected.
     """
     _check(x, update, gate, scale, shift)
-    if x.is_cuda and triton is not None:
+    if x.is_cuda and triton is not None and not needs_gradient(x, update, gate, scale, shift):
         return launch(x, update, gate, scale, shift, eps=eps, plus_one=plus_one, normed_dtype=normed_dtype)
     return add_norm_ref(x, update, gate, scale, shift, eps=eps, plus_one=plus_one, normed_dtype=normed_dtype)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done with any of these: kernels have no backward."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def launch(

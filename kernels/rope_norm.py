@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wanrt_kernels.adaln import needs_gradient
+
 try:
     import triton
     import triton.language as tl
@@ -45,11 +47,14 @@ def rope_norm_ref(
     head_dim: int,
     eps: float,
     out: Tensor | None = None,
+    inverse_rms: Tensor | None = None,
 ) -> Tensor:
     """Compute what `rope_norm` computes, in plain PyTorch; differentiable without `out`."""
     y = x.float()
     if weight is not None:
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float()
+        if inverse_rms is None:
+            inverse_rms = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+        y = y * inverse_rms * weight.float()
     y = y.unflatten(-1, (-1, head_dim))
     if cos is not None and sin is not None:
         even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
@@ -62,9 +67,10 @@ if triton is not None:
 
     @triton.jit
     def _rope_norm_kernel(
-        x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr,
+        x_ptr, weight_ptr, rms_ptr, cos_ptr, sin_ptr, out_ptr,
         tokens, x_batch, x_token, out_batch, out_token, eps,
         C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+        GIVEN_RMS: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         batch, token = row // tokens, row % tokens
@@ -73,7 +79,10 @@ if triton is not None:
         y = tl.load(x_ptr + batch * x_batch + token * x_token + channel, mask, 0.0).to(tl.float32)
         if NORM:
             weight = tl.load(weight_ptr + channel, mask, 0.0).to(tl.float32)
-            y = y * tl.rsqrt(tl.sum(y * y, axis=0) / C + eps) * weight
+            if GIVEN_RMS:
+                y = y * tl.load(rms_ptr + row) * weight
+            else:
+                y = y * tl.rsqrt(tl.sum(y * y, axis=0) / C + eps) * weight
         if ROPE:
             pair = tl.arange(0, BLOCK // 2)
             place = token * (D // 2) + pair % (D // 2)
@@ -95,8 +104,11 @@ def rope_norm(
     head_dim: int,
     eps: float,
     out: Tensor | None = None,
+    inverse_rms: Tensor | None = None,
 ) -> Tensor:
     """`rotate(x / rms(x) * weight)`, head by head.
+
+    Triton on CUDA; `rope_norm_ref` elsewhere, and wherever a gradient is wanted.
 
     Args:
         x: [B, T, C], channels contiguous.
@@ -106,6 +118,8 @@ def rope_norm(
         eps: of the RMSNorm.
         out: where to write, [B, T, H, D] with contiguous heads, for example a slice of a key cache; None: a new
             tensor in x's dtype.
+        inverse_rms: [B, T, 1] fp32, contiguous: 1 / rms of each token, for callers that hold only a part of its
+            channels; None: computed from `x`.
 
     Returns:
         [B, T, H, D]: `out`, or the new tensor.
@@ -113,10 +127,10 @@ def rope_norm(
     Raises:
         ValueError: shapes or layout that do not fit, each with what was got and expected.
     """
-    _check(x, weight, cos, sin, head_dim, out)
-    if x.is_cuda and triton is not None:
-        return launch(x, weight, cos, sin, head_dim=head_dim, eps=eps, out=out)
-    return rope_norm_ref(x, weight, cos, sin, head_dim=head_dim, eps=eps, out=out)
+    _check(x, weight, cos, sin, head_dim, out, inverse_rms)
+    if x.is_cuda and triton is not None and not needs_gradient(x, weight):
+        return launch(x, weight, cos, sin, head_dim=head_dim, eps=eps, out=out, inverse_rms=inverse_rms)
+    return rope_norm_ref(x, weight, cos, sin, head_dim=head_dim, eps=eps, out=out, inverse_rms=inverse_rms)
 
 
 def launch(
@@ -128,6 +142,7 @@ def launch(
     head_dim: int,
     eps: float,
     out: Tensor | None,
+    inverse_rms: Tensor | None,
 ) -> Tensor:
     """Launch the Triton kernel; arguments as for `rope_norm`, which has checked them."""
     batch, tokens, channels = x.shape
@@ -135,9 +150,10 @@ def launch(
         out = x.new_empty(batch, tokens, channels // head_dim, head_dim)
     config = RopeNormConfig.for_channels(channels)
     _rope_norm_kernel[(batch * tokens,)](
-        x, weight, cos, sin, out,
+        x, weight, inverse_rms, cos, sin, out,
         tokens, x.stride(0), x.stride(1), out.stride(0), out.stride(1), eps,
         C=channels, D=head_dim, BLOCK=config.block, NORM=weight is not None, ROPE=cos is not None,
+        GIVEN_RMS=inverse_rms is not None,
         num_warps=config.warps,
     )  # fmt: skip
     return out
@@ -150,6 +166,7 @@ def _check(
     sin: Tensor | None,
     head_dim: int,
     out: Tensor | None,
+    inverse_rms: Tensor | None,
 ) -> None:
     if x.dim() != 3 or x.stride(2) != 1 or head_dim % 2 or x.shape[2] % head_dim:
         raise ValueError(
@@ -157,14 +174,22 @@ def _check(
             f"C a multiple of the even head_dim {head_dim}"
         )
     batch, tokens, channels = x.shape
-    table = (tokens, head_dim // 2)
-    for name, values, shape in (("weight", weight, (channels,)), ("cos", cos, table), ("sin", sin, table)):
+    expected = {
+        "weight": (weight, (channels,)),
+        "inverse_rms": (inverse_rms, (batch, tokens, 1)),
+        "cos": (cos, (tokens, head_dim // 2)),
+        "sin": (sin, (tokens, head_dim // 2)),
+    }
+    for name, (values, shape) in expected.items():
         if values is not None and (tuple(values.shape) != shape or not values.is_contiguous()):
             raise ValueError(f"{name}: got shape {tuple(values.shape)}; expected contiguous {list(shape)}")
     if (cos is None) != (sin is None):
         raise ValueError("cos, sin: got one of them; expected both or neither")
-    heads = (batch, tokens, channels // head_dim, head_dim)
-    if out is not None and (tuple(out.shape) != heads or out.stride()[2:] != (head_dim, 1)):
+    _check_out(out, (batch, tokens, channels // head_dim, head_dim))
+
+
+def _check_out(out: Tensor | None, shape: tuple[int, int, int, int]) -> None:
+    if out is not None and (tuple(out.shape) != shape or out.stride()[2:] != (shape[3], 1)):
         raise ValueError(
-            f"out: got shape {tuple(out.shape)}, strides {out.stride()}; expected {list(heads)}, contiguous heads"
+            f"out: got shape {tuple(out.shape)}, strides {out.stride()}; expected {list(shape)}, contiguous heads"
         )

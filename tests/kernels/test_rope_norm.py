@@ -15,6 +15,7 @@ CASES = [
     (1, 3, 5, 24, {"rope", "strided"}),
     (2, 2, 12, 128, {"norm", "rope", "out", "strided"}),
     (1, 2, 40, 128, {"norm", "rope"}),
+    (2, 3, 3, 16, {"norm", "rope", "rms"}),
 ]
 
 
@@ -36,7 +37,9 @@ def make(case, dtype, device):
 def compare(case, dtype, device):
     args = make(case, dtype, device)
     batch, tokens, heads, head_dim, options = case
-    kwargs = {"head_dim": head_dim, "eps": 1e-6}
+    kwargs = {"head_dim": head_dim, "eps": 1e-6, "inverse_rms": None}
+    if "rms" in options:
+        kwargs["inverse_rms"] = torch.rand(batch, tokens, 1, device=device) + 0.5
     out = None
     if "out" in options:  # a slice of a longer cache: what lies around it must stay
         cache = torch.full((batch, tokens + 5, heads, head_dim), 7.0, device=device, dtype=dtype)
@@ -80,6 +83,18 @@ def test_reference_equals_complex_numbers():
     torch.testing.assert_close(got, torch.view_as_real(turned).flatten(-2))
 
 
+def test_parts_with_the_rms_of_the_whole_equal_the_whole():
+    """What tensor parallelism does: heads apart, the mean of squares of all of them."""
+    x, weight, cos, sin = make((2, 5, 4, 16, {"norm", "rope"}), torch.float32, "cpu")
+    rms = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    parts = [
+        rope_norm(x[..., part], weight[part], cos, sin, head_dim=16, eps=1e-6, inverse_rms=rms)
+        for part in (slice(0, 32), slice(32, 64))
+    ]
+    whole = rope_norm(x, weight, cos, sin, head_dim=16, eps=1e-6)
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole)
+
+
 def test_wrong_shapes_say_what_was_expected():
     x, weight, cos, sin = make((1, 5, 3, 16, {"norm", "rope"}), torch.float32, "cpu")
     kwargs = {"head_dim": 16, "eps": 1e-6}
@@ -89,5 +104,7 @@ def test_wrong_shapes_say_what_was_expected():
         rope_norm(x, weight, cos, None, **kwargs)
     with pytest.raises(ValueError, match="multiple of the even head_dim 10"):
         rope_norm(x, weight, None, None, head_dim=10, eps=1e-6)
+    with pytest.raises(ValueError, match=r"inverse_rms: got shape \(1, 5\); expected contiguous \[1, 5, 1\]"):
+        rope_norm(x, weight, cos, sin, inverse_rms=torch.ones(1, 5), **kwargs)
     with pytest.raises(ValueError, match=r"out: got shape \(1, 5, 16, 3\)"):
         rope_norm(x, weight, cos, sin, out=torch.empty(1, 5, 16, 3), **kwargs)

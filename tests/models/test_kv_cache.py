@@ -20,11 +20,8 @@ def step(cache, pass_, frames=3):
 
 
 def write(cache, plan, key_and_value):
-    """What a layer's pass does with its keys and values."""
     for layer in cache.layers:
-        for tokens, slots in cache.slots(plan):
-            for buffer in (layer.key, layer.value):
-                buffer[:, slots].copy_(key_and_value[:, tokens])
+        cache.write(layer, plan, key_and_value, key_and_value)
 
 
 def addresses(cache):

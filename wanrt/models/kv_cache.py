@@ -240,6 +240,12 @@ class KVCache:
         count = self._tokens(plan.frames)
         return ((slice(0, count), slice(first, first + count)),)
 
+    def write(self, layer: CacheLayer, plan: PassPlan, key: Tensor, value: Tensor) -> None:
+        """Copy rotated keys and values `[B, frames * tokens_per_frame, heads, head_dim]` to a pass's slots."""
+        for tokens, slots in self.slots(plan):
+            layer.key[:, slots].copy_(key[:, tokens])
+            layer.value[:, slots].copy_(value[:, tokens])
+
     def commit(self, layer: CacheLayer, plan: PassPlan, raw_key: Tensor, value: Tensor) -> None:
         """Let the chunk of a COMMIT pass join the context and the oldest frames after the sink go.
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from wanrt.models.attention import AttentionBackend, KeyBias, attend
 from wanrt.models.kv_cache import CacheLayer, CachePolicy, CallOrderError, KVCache, Pass, PassPlan
 from wanrt.models.rope import RopeTable
-from wanrt_kernels.adaln import add_norm, add_norm_ref
-from wanrt_kernels.rope_norm import rope_norm, rope_norm_ref
+from wanrt_kernels.adaln import add_norm
+from wanrt_kernels.rope_norm import rope_norm
 
 __all__ = [
     "WAN_1_3B",
@@ -114,8 +114,7 @@ class Elementwise:
     rope_norm: Callable[..., Tensor]
 
 
-FUSED = Elementwise(add_norm, rope_norm)  # Triton on CUDA, plain PyTorch elsewhere
-DIFFERENTIABLE = Elementwise(add_norm_ref, rope_norm_ref)
+LOCAL = Elementwise(add_norm, rope_norm)  # whole tokens on this device
 
 
 @dataclass(frozen=True)
@@ -299,10 +298,10 @@ class CrossAttention(Attention):
         q = _turn(memory.ops, self.q(x), norms.query, norms, None)
         return self.o(attend(q, key, value, backend=memory.backend).flatten(-2))
 
-    def embed(self, text: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, text: Tensor, ops: Elementwise) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, text_len, H, D]` of text features `[B, text_len, C]`; differentiable."""
         norms = self.norms()
-        key = _turn(DIFFERENTIABLE, self.k(text), norms.key, norms, None)
+        key = _turn(ops, self.k(text), norms.key, norms, None)
         return key, self.v(text).unflatten(-1, (-1, self.head_dim))
 
 
@@ -420,7 +419,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.attention = attention
-        self.elementwise = FUSED
+        self.elementwise = LOCAL
         dim = config.dim
         self.patch_embedding = nn.Conv3d(
             config.in_channels, dim, kernel_size=config.patch_size, stride=config.patch_size
@@ -451,7 +450,7 @@ class WanTransformer(nn.Module):
             )
         padded = F.pad(embeddings.to(self.dtype), (0, 0, 0, text_len - length))
         text = self.text_embedding(padded)
-        pairs = [block.cross_attn.embed(text) for block in self._blocks()]
+        pairs = [block.cross_attn.embed(text, self.elementwise) for block in self._blocks()]
         return TextKV(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
     def forward(
@@ -483,12 +482,13 @@ class WanTransformer(nn.Module):
             CallOrderError: a pass that the cache does not expect.
             ValueError: shapes that do not fit the cache, or a bias in a context pass.
         """
-        self._check(latents, timesteps, cache, pass_, bias)
+        self.check(latents, timesteps, cache, pass_, bias)
         plan = cache.begin(pass_, latents.shape[2])
         velocity = self.run(latents, timesteps, text, cache, plan, bias)
         cache.finish(plan)
         return velocity
 
+    @torch.no_grad()
     def run(
         self,
         latents: Tensor,
@@ -553,7 +553,7 @@ class WanTransformer(nn.Module):
             count * rope.tokens_per_frame,
             rope,
             bias if count > 1 else None,
-            DIFFERENTIABLE,
+            self.elementwise,
             AttentionBackend.SDPA,
         )
         time, projected = self._embed_time(t)
@@ -573,9 +573,10 @@ class WanTransformer(nn.Module):
             assert isinstance(block, Block)
             yield block
 
-    def _check(
+    def check(
         self, latents: Tensor, timesteps: Tensor, cache: KVCache, pass_: Pass, bias: Tensor | None
     ) -> None:
+        """Raise the ValueErrors of `forward`."""
         batch, grid = cache.layers[0].key.shape[0], cache.grid
         rows, columns = self.config.patch_size[1:]
         expected = (batch, self.config.in_channels, latents.shape[2], grid[0] * rows, grid[1] * columns)
