@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def _rgb(c: RGB, like: Tensor) -> Tensor:
 def _gradient(v: Tensor, stops: list[tuple[float, RGB]]) -> Tensor:
     """`[3, h, w]`: colours interpolated down the frame between (v, colour) stops."""
     out = _rgb(stops[0][1], v).expand(3, *v.shape)
-    for (v0, _), (v1, c1) in zip(stops, stops[1:], strict=False):
+    for (v0, _), (v1, c1) in pairwise(stops):
         out = torch.lerp(out, _rgb(c1, v).expand_as(out), ((v - v0) / (v1 - v0)).clamp(0, 1))
     return out
 
@@ -64,7 +65,7 @@ def _cloud(layer: _Layer, u: Tensor, v: Tensor, x: float, y: float, s: float, c:
 def _peaks(u: Tensor, points: list[tuple[float, float]]) -> Tensor:
     """The height line through (u, v) points, straight between them."""
     line = torch.full_like(u, points[0][1])
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         line = torch.where(u >= x0, y0 + (y1 - y0) * ((u - x0) / (x1 - x0)).clamp(max=1), line)
     return line
 
@@ -107,8 +108,10 @@ def _meadow(u: Tensor, v: Tensor, far: _Layer, near: _Layer) -> None:
     _cloud(far, u, v, 0.30, -0.30, 1.2, (255, 255, 255))
     _cloud(far, u, v, -0.60, -0.20, 0.8, (255, 255, 255))
     far.paint((110, 190, 100), _edge(0.12 - 0.06 * torch.sin(u * 3 + 0.6) - v))
-    near.paint(_gradient(v, [(0.1, (110, 205, 72)), (0.55, (44, 140, 44))]),
-               _edge(0.22 + 0.05 * torch.sin(u * 2.6 + 2.2) - v))
+    near.paint(
+        _gradient(v, [(0.1, (110, 205, 72)), (0.55, (44, 140, 44))]),
+        _edge(0.22 + 0.05 * torch.sin(u * 2.6 + 2.2) - v),
+    )
     g = torch.Generator().manual_seed(11)
     for i, (x, y) in enumerate(torch.rand(30, 2, generator=g).tolist()):
         c = ((255, 255, 255), (255, 225, 70), (250, 120, 150))[i % 3]
@@ -122,16 +125,22 @@ def _desert(u: Tensor, v: Tensor, far: _Layer, near: _Layer) -> None:
     near.paint((236, 186, 112), _edge(0.22 - 0.07 * torch.sin(u * 2.9 + 2.4) - v))
     near.paint((210, 148, 82), _edge(0.38 - 0.05 * torch.sin(u * 3.4 + 0.2) - v))
     for x, y, s in ((-0.66, 0.22, 1.0), (0.70, 0.26, 0.8)):
-        for cx, cy, w, h in ((0, 0, 0.024, 0.13), (-0.07, -0.02, 0.018, 0.05), (0.07, -0.05, 0.018, 0.05),
-                             (-0.035, 0.025, 0.05, 0.018), (0.035, 0.0, 0.05, 0.018)):
+        for cx, cy, w, h in (
+            (0, 0, 0.024, 0.13),
+            (-0.07, -0.02, 0.018, 0.05),
+            (0.07, -0.05, 0.018, 0.05),
+            (-0.035, 0.025, 0.05, 0.018),
+            (0.035, 0.0, 0.05, 0.018),
+        ):
             dx, dy = (u - x - s * cx).abs() - s * w * 0.8, (v - y - s * cy).abs() - s * h * 0.8
             near.paint((58, 120, 72), _edge(torch.maximum(dx, dy) - 0.004))
 
 
 def _mountains(u: Tensor, v: Tensor, far: _Layer, near: _Layer) -> None:
     far.rgb = _gradient(v, [(-0.6, (120, 172, 226)), (0.2, (226, 238, 248))])
-    ridge = _peaks(u, [(-1.3, 0.2), (-0.86, -0.16), (-0.5, 0.10), (-0.1, -0.32), (0.34, 0.06), (0.7, -0.22),
-                       (1.3, 0.25)])
+    ridge = _peaks(
+        u, [(-1.3, 0.2), (-0.86, -0.16), (-0.5, 0.10), (-0.1, -0.32), (0.34, 0.06), (0.7, -0.22), (1.3, 0.25)]
+    )
     far.paint((92, 112, 150), _edge(ridge - v))
     jag = 0.03 * torch.asin(torch.sin(u * 26)).abs()
     far.paint((250, 252, 255), _edge(ridge - v) * _edge(v - ridge - 0.10 - jag) * _edge(v - 0.02))
@@ -144,8 +153,10 @@ def _city(u: Tensor, v: Tensor, far: _Layer, near: _Layer) -> None:
     far.rgb = _gradient(v, [(-0.6, (38, 30, 84)), (0.0, (120, 62, 142)), (0.4, (236, 138, 150))])
     g = torch.Generator().manual_seed(23)
     tall = torch.rand(2, 16, generator=g).tolist()
-    for layer, heights, c, base, width in ((far, tall[0], (74, 52, 116), 0.10, 0.19),
-                                           (near, tall[1], (26, 26, 62), 0.26, 0.17)):
+    for layer, heights, c, base, width in (
+        (far, tall[0], (74, 52, 116), 0.10, 0.19),
+        (near, tall[1], (26, 26, 62), 0.26, 0.17),
+    ):
         for i, h in enumerate(heights):
             x, top = (i - 7.5) * width, base - 0.26 * h
             cover = _edge(torch.maximum((u - x).abs() - width * 0.40, top - v))
@@ -154,14 +165,17 @@ def _city(u: Tensor, v: Tensor, far: _Layer, near: _Layer) -> None:
                 wx = ((u - x + 10) % 0.05 - 0.025).abs() - 0.011
                 wy = ((v - top + 10) % 0.066 - 0.033).abs() - 0.015
                 inner = torch.maximum((u - x).abs() - width * 0.30, top + 0.015 - v)
-                lit = ((torch.floor((u - x) / 0.05) * 3 + torch.floor((v - top) / 0.066) * 5 + i) % 4 < 2.5)
+                lit = (torch.floor((u - x) / 0.05) * 3 + torch.floor((v - top) / 0.066) * 5 + i) % 4 < 2.5
                 layer.paint((255, 214, 110), _edge(torch.maximum(torch.maximum(wx, wy), inner)) * lit)
 
 
 def _forest(u: Tensor, v: Tensor, far: _Layer, near: _Layer) -> None:
     far.rgb = _gradient(v, [(-0.6, (196, 226, 196)), (0.4, (138, 190, 150))])
-    rows = ((far, 0.19, -0.10, (108, 166, 126), 0.0), (far, 0.24, 0.04, (62, 124, 88), 0.07),
-            (near, 0.30, 0.20, (18, 70, 50), 0.15))
+    rows = (
+        (far, 0.19, -0.10, (108, 166, 126), 0.0),
+        (far, 0.24, 0.04, (62, 124, 88), 0.07),
+        (near, 0.30, 0.20, (18, 70, 50), 0.15),
+    )
     for layer, width, top, c, shift in rows:
         x = (u + shift + 10) % width - width / 2
         number = torch.floor((u + shift + 10) / width)
@@ -179,8 +193,13 @@ def _underwater(u: Tensor, v: Tensor, far: _Layer, near: _Layer) -> None:
         ray = (u - x + (v + 0.6) * 0.35).abs() - w * (0.5 + (v + 0.6))
         far.paint((190, 255, 240), 0.22 * _edge(ray, 0.05) * (0.6 - v).clamp(0, 1))
     near.paint((226, 200, 140), _edge(0.40 + 0.025 * torch.sin(u * 5.0) - v))
-    for x, h, c in ((-0.74, 0.34, (30, 150, 92)), (-0.62, 0.22, (240, 110, 110)), (0.60, 0.24, (240, 150, 70)),
-                    (0.72, 0.38, (24, 130, 90)), (0.82, 0.28, (30, 150, 92))):
+    for x, h, c in (
+        (-0.74, 0.34, (30, 150, 92)),
+        (-0.62, 0.22, (240, 110, 110)),
+        (0.60, 0.24, (240, 150, 70)),
+        (0.72, 0.38, (24, 130, 90)),
+        (0.82, 0.28, (30, 150, 92)),
+    ):
         sway = (u - x - 0.018 * torch.sin(v * 22 + x * 9)).abs() - 0.020
         near.paint(c, _edge(torch.maximum(sway, 0.44 - h - v)) * _edge(v - 0.45))
     for x, y, r in ((-0.45, -0.2, 0.022), (-0.40, -0.32, 0.016), (0.52, -0.1, 0.024), (0.56, -0.27, 0.017)):

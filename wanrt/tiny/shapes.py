@@ -97,7 +97,5 @@ def tables(names: tuple[str, ...], device: torch.device | str) -> Tensor:
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     sectors = (torch.sin(3 * torch.atan2(y, x)) * 6).clamp(-1, 1)
     slope = (-(x + y) * 0.45).clamp(-1, 1)
-    rows = [
-        torch.stack([distance(n, x, y), sectors if n in ("ball", "ring") else slope]) for n in names
-    ]
+    rows = [torch.stack([distance(n, x, y), sectors if n in ("ball", "ring") else slope]) for n in names]
     return torch.stack(rows).float().to(device)

@@ -1,0 +1,165 @@
+"""What wan-tiny's videos show, measured by the judge on held-out prompts."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanrt.models.text_encoder import UMT5Encoder
+from wanrt.models.transformer import WanTransformer
+from wanrt.models.vae import WanVae
+from wanrt.tiny import captions, training
+from wanrt.tiny.corpus import labels_of
+from wanrt.tiny.judge import WINDOW, Judge, accuracy, view
+from wanrt.tiny.pictures import contact_sheet, save_gif, save_picture
+from wanrt.tiny.rollout import STEPS, Roller
+from wanrt.tiny.scenes import ATTRIBUTES, sample_scenes
+
+logger = logging.getLogger("wanrt.tiny")
+
+SECOND = 16
+"""Frames."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The embedded model and its tokenizer file, on one device."""
+
+    transformer: WanTransformer
+    text: UMT5Encoder
+    vae: WanVae
+    tokenizer: Path
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.patch_embedding.weight.device
+
+    @torch.no_grad()
+    def features(self, prompts: list[str]) -> Tensor:
+        """Text features `[B, text_len, D]`, zero after the end mark."""
+        ids, mask = captions.encode(self.tokenizer, prompts)
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        return self.text(ids, mask).masked_fill(mask[..., None] == 0, 0.0)
+
+
+def held_out_prompts(count: int, seed: int = 500) -> tuple[list[str], Tensor]:
+    """Captions and labels `[count, 4]` of held-out combinations, every second one in the plainest words."""
+    scenes = sample_scenes(seed, count, split="held-out")
+    rng = random.Random(seed)
+    texts = [
+        captions.compose(scenes.names(i), captions.Said(), rng)
+        if i % 2
+        else captions.plain_caption(scenes.names(i))
+        for i in range(count)
+    ]
+    return texts, labels_of(scenes)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """How videos are made for a measurement."""
+
+    chunks: int
+    steps: tuple[float, ...] = STEPS
+    anchor: str = "anchor-only"
+    half: bool = True
+    size: tuple[int, int] = (128, 224)
+
+
+@torch.no_grad()
+def film(
+    models: Models, prompts: list[list[str]], shot: Shot, seed: int, keep: set[int]
+) -> dict[int, Tensor]:
+    """Videos of B prompts; `prompts[k]` holds the B prompts of chunk k (the last entry goes on).
+
+    Returns the pixels `[B, 3, T, H, W]` (float16) of the chunks in `keep`, by chunk.
+    """
+    roller = Roller(models.transformer, models.vae, steps=shot.steps, anchor=shot.anchor, half=shot.half)
+    size = (shot.size[0] // 8, shot.size[1] // 8)
+    streams = roller.start(len(prompts[0]), size)
+    g = training.generator(models.device, seed)
+    kept: dict[int, Tensor] = {}
+    text = None
+    for chunk in range(shot.chunks):
+        if chunk < len(prompts):
+            text = roller.embed(models.features(prompts[chunk]))
+        assert text is not None
+        pixels = roller.advance(streams, text, g, size)
+        if chunk in keep:
+            kept[chunk] = pixels.half()
+    return kept
+
+
+def windows(kept: dict[int, Tensor], first: int, last: int) -> Tensor:
+    """The first 48 frames of chunks `first`..`last`."""
+    return torch.cat([kept[c] for c in range(first, last + 1)], dim=2)[:, :, :WINDOW].float()
+
+
+@torch.no_grad()
+def judged(judge: Judge, clips: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy per attribute of 48-frame clips."""
+    parts = [judge(view(c)) for c in clips.split(32)]
+    logits = {k: torch.cat([p[k] for p in parts]) for k in ATTRIBUTES}
+    return accuracy(logits, labels.to(clips.device))
+
+
+def _mean(rows: list[dict[str, float]], weights: list[int]) -> dict[str, float]:
+    total = sum(weights)
+    pairs = list(zip(rows, weights, strict=True))
+    return {k: round(sum(r[k] * w for r, w in pairs) / total, 4) for k in ATTRIBUTES}
+
+
+def measure(models: Models, judge: Judge, *, prompts: int, shot: Shot, batch: int = 50) -> dict[str, Any]:
+    """Accuracies early (chunks 1 to 4) and late (the last four chunks) of videos from held-out prompts."""
+    texts, labels = held_out_prompts(prompts)
+    early: list[dict[str, float]] = []
+    late: list[dict[str, float]] = []
+    sizes = []
+    n = shot.chunks
+    for i in range(0, prompts, batch):
+        part = texts[i : i + batch]
+        kept = film(models, [part], shot, 1000 + i, {1, 2, 3, 4, n - 4, n - 3, n - 2, n - 1})
+        early.append(judged(judge, windows(kept, 1, 4), labels[i : i + batch]))
+        late.append(judged(judge, windows(kept, n - 4, n - 1), labels[i : i + batch]))
+        sizes.append(len(part))
+    return {"early": _mean(early, sizes), "late": _mean(late, sizes), "chunks": n, "prompts": prompts}
+
+
+def measure_change(models: Models, judge: Judge, *, prompts: int, shot: Shot) -> dict[str, Any]:
+    """Accuracies of the new prompt's attributes from two chunks after a prompt change at chunk 5 on."""
+    texts, _ = held_out_prompts(prompts, seed=600)
+    after, labels = held_out_prompts(prompts, seed=601)
+    plan = [texts] * 5 + [after]
+    kept = film(models, plan, Shot(11, shot.steps, shot.anchor, shot.half), 2000, {7, 8, 9, 10})
+    return {"after_two_chunks": judged(judge, windows(kept, 7, 10), labels), "prompts": prompts}
+
+
+SHOWN = (
+    "a red ball bouncing over a blue night sky",
+    "a green star spinning",
+    "a sunset",
+    "a pink heart pulsing over snowy mountains",
+    "a yellow crescent swinging over the ocean",
+    "a blue square sliding side to side in a desert",
+    "a white ring circling over a city skyline",
+    "a purple triangle floating underwater",
+    "an orange cross spinning in a forest",
+    "a golden star orbiting over a meadow",
+)
+"""Prompts of the pictures."""
+
+
+def pictures(models: Models, out: Path, *, shot: Shot, seed: int = 7) -> None:
+    """A contact sheet (one row per prompt) and a GIF of `SHOWN`."""
+    kept = film(models, [list(SHOWN)], shot, seed, set(range(shot.chunks)))
+    clips = torch.cat([kept[c] for c in range(shot.chunks)], dim=2).float().cpu()
+    frames = [0, 4, 8, 12, 18, 24, 30, 36][: max(1, clips.shape[2] // 5)]
+    save_picture(contact_sheet(clips, frames), out / "wan-tiny.png")
+    save_gif(clips[:, :, :, ::1, ::1][:, :, 9:57] if clips.shape[2] >= 57 else clips, out / "wan-tiny.gif", 2)
