@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from wanrt.errors import WeightsError
-from wanrt.weights.sources import TensorsSource, find_checkpoints, open_source
+from wanrt.weights.files import find_checkpoints
+from wanrt.weights.sources import TensorsSource, open_source
 
 STATE = {"a.weight": torch.arange(24.0).view(4, 6), "b.bias": torch.ones(3, dtype=torch.bfloat16)}
 

@@ -188,6 +188,14 @@ def expect_kind(checkpoint: Checkpoint, *kinds: Kind) -> Checkpoint:
     )
 
 
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Read every tensor and raise WeightsError where there is NaN or Inf. Keeps nothing."""
+    reader = _Reader(checkpoint, torch.device("cpu"))
+    for name in checkpoint.names:
+        reader.read(name, torch.float32, None)
+    reader.raise_if_not_finite()
+
+
 class _Reader:
     """Reads tensors to one device and collects, without waiting for it, whether they were finite."""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import platformdirs
 
 from wanrt.errors import WeightsError
+from wanrt.weights.files import find_checkpoints
 
 if TYPE_CHECKING:
     from wanrt.script.preset import Preset
@@ -141,8 +142,6 @@ def hub_file(preset: Preset, part: str) -> HubFile | None:
 
 def checkpoint_files(directory: Path) -> Iterator[Path]:
     """Every checkpoint below a directory (indexes stand for their shards), hidden directories left out."""
-    from wanrt.weights.sources import find_checkpoints
-
     for folder, depth in _folders(directory, 0):
         if depth <= MAX_DEPTH:
             yield from find_checkpoints(folder)
@@ -182,9 +181,9 @@ def _find(preset: Preset, part: str, directories: tuple[Path, ...]) -> Path | No
 
 def _find_by_content(preset: Preset, part: str, directories: tuple[Path, ...]) -> Path | None:
     """The first file that holds this part under whatever name; foreign and damaged files are passed over."""
-    from wanrt.weights.checkpoint import open_checkpoint
-
     for path in (path for directory in directories for path in checkpoint_files(directory)):
+        from wanrt.weights.checkpoint import open_checkpoint  # here, so that nothing to open needs no torch
+
         try:
             checkpoint = open_checkpoint(path)
         except WeightsError as error:

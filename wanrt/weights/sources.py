@@ -6,7 +6,6 @@ asked. What a file is, is decided by its first bytes, never by its name.
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import re
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wanrt.errors import WeightsError
+from wanrt.weights.files import find_checkpoints, one_line, read_index
 
 logger = logging.getLogger("wanrt.weights")
 
@@ -87,7 +87,7 @@ class SafetensorsSource(TensorSource):
             self._names = dict.fromkeys(self._file.keys())
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightsError(
-                f"{path}: damaged safetensors file ({_one_line(error)}); fetch it again"
+                f"{path}: damaged safetensors file ({one_line(error)}); fetch it again"
             ) from error
 
     def names(self) -> Sequence[str]:
@@ -127,7 +127,7 @@ class ShardedSource(TensorSource):
     def __init__(self, index_path: Path) -> None:
         """Raises WeightsError for a damaged index, a shard that is missing, or a tensor that its shard lacks."""
         self.path = index_path
-        self._home = _read_index(index_path)
+        self._home = read_index(index_path)
         shards = sorted(set(self._home.values()))
         missing = [shard for shard in shards if not (index_path.parent / shard).is_file()]
         if missing:
@@ -210,19 +210,6 @@ def open_source(path: str | Path, entries: Sequence[str] = MODEL_ENTRIES) -> Ten
     raise WeightsError(f"{path}: {_name_foreign(path, head)}; expected safetensors or a torch checkpoint")
 
 
-def find_checkpoints(directory: Path) -> list[Path]:
-    """Files of a directory that may be checkpoints: indexes, files without one, no shard of an index."""
-    indexes = sorted(directory.glob("*.safetensors.index.json"))
-    shards = {shard for index in indexes for shard in _shards_of(index)}
-    single = [
-        path
-        for pattern in ("*.safetensors", "*.pt", "*.pth", "*.bin", "*.ckpt")
-        for path in sorted(directory.glob(pattern))
-        if path.name not in shards and path.is_file()
-    ]
-    return indexes + single
-
-
 def _only_checkpoint(directory: Path) -> Path:
     found = find_checkpoints(directory)
     if len(found) == 1:
@@ -231,30 +218,6 @@ def _only_checkpoint(directory: Path) -> Path:
     raise WeightsError(
         f"{directory}: a directory with {len(found)} checkpoints ({got}); name the file itself"
     )
-
-
-def _shards_of(index: Path) -> set[str]:
-    try:
-        return set(_read_index(index).values())
-    except WeightsError:
-        return set()  # a damaged index hides no file; opening it says what is wrong
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard file name. Shards must lie beside the index: a path elsewhere is refused."""
-    try:
-        home = json.loads(path.read_text("utf-8"))["weight_map"]
-        well_formed = isinstance(home, dict) and home and all(isinstance(v, str) for v in home.values())
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise WeightsError(f"{path}: not a safetensors index ({_one_line(error)})") from error
-    if not well_formed:
-        raise WeightsError(f"{path}: not a safetensors index; expected weight_map: tensor name -> shard file")
-    outside = [shard for shard in home.values() if shard != Path(shard).name or shard in ("", ".", "..")]
-    if outside:
-        raise WeightsError(
-            f"{path}: shard {outside[0]!r} lies elsewhere; expected file names beside the index"
-        )
-    return home
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -293,16 +256,14 @@ def _open_pickle(path: Path, entries: Sequence[str], *, mapped: bool) -> TensorS
     except (
         Exception
     ) as error:  # zipfile, struct, EOF, RuntimeError, unicode...: a damaged file fails anywhere
-        raise WeightsError(
-            f"{path}: damaged torch checkpoint ({_one_line(error)}); fetch it again"
-        ) from error
+        raise WeightsError(f"{path}: damaged torch checkpoint ({one_line(error)}); fetch it again") from error
     return TensorsSource(_pick_entry(content, entries, path), path)
 
 
 def _refusal(path: Path, error: Exception) -> str:
     """One line about a pickle that wants more than tensors."""
     wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"Unsupported global: (\S+)", str(error))
-    what = f"it would run {wanted[1]}" if wanted else _one_line(error).split(". ")[-1]
+    what = f"it would run {wanted[1]}" if wanted else one_line(error).split(". ")[-1]
     return f"{path}: refused, this pickle holds more than tensors ({what}); expected a plain state dict"
 
 
@@ -323,8 +284,3 @@ def _describe(content: Any) -> str:
     if isinstance(content, Mapping):
         return f"a dict with keys {sorted(map(str, content))[:8]}"
     return f"a {type(content).__name__}"
-
-
-def _one_line(error: BaseException, limit: int = 140) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
