@@ -1,0 +1,63 @@
+"""What tensor parallelism puts in the place of whole parts. Parameters keep the names that they have there."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from wanrt.models.transformer import Elementwise
+from wanrt.parallel.collectives import sum_over
+from wanrt_kernels.rope_norm import rope_norm
+
+
+class RowParallelLinear(nn.Module):
+    """A linear layer whose inputs are spread over the group: `[..., in / N]` to the whole `[..., out]`.
+
+    The bias is whole on every rank and added once, after the sum.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, group: ProcessGroup) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Partial product, all-reduce, bias."""
+        whole = sum_over(F.linear(x, self.weight), self.group)
+        return whole if self.bias is None else whole + self.bias
+
+
+def spread_rope_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    head_dim: int,
+    eps: float,
+    out: Tensor | None = None,
+    group: ProcessGroup,
+) -> Tensor:
+    """`wanrt_kernels.rope_norm.rope_norm` of `[B, T, C / N]`, the heads of this rank.
+
+    Wan normalises q and k over the full width, not head by head, so a rank needs the others' squares: an
+    all-reduce of one number a token.
+    """
+    known = None if weight is None else inverse_rms(x, eps, group)
+    return rope_norm(x, weight, cos, sin, head_dim=head_dim, eps=eps, out=out, inverse_rms=known)
+
+
+def inverse_rms(x: Tensor, eps: float, group: ProcessGroup) -> Tensor:
+    """1 / rms over the heads of all ranks, fp32 `[B, T, 1]`."""
+    squares = sum_over(x.float().square().sum(-1, keepdim=True), group)
+    return torch.rsqrt(squares / (x.shape[-1] * group.size()) + eps)
+
+
+def spread_elementwise(whole: Elementwise, group: ProcessGroup) -> Elementwise:
+    """The elementwise work of a model whose heads are spread over `group`; residuals are whole everywhere."""
+    return Elementwise(whole.add_norm, partial(spread_rope_norm, group=group))

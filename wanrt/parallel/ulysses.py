@@ -1,0 +1,200 @@
+"""Ulysses sequence parallelism (Jacobs et al. 2023, arXiv:2309.14509) around an untouched transformer.
+
+Every rank holds all weights and 1/N of the tokens of every latent frame. Only self-attention needs more: two
+all-to-alls (queries, keys and values there, outputs back) turn shares of tokens into shares of heads, so each
+rank's KV cache holds all tokens of its heads.
+
+A share of tokens is made to look like a smaller video: its patches in one row, a "latent" of p x (m q) per frame.
+The model never looks at positions itself (the cache's RoPE table does), so it needs no word of all this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from wanrt.models.attention import AttentionBackend, attend
+from wanrt.models.kv_cache import KVCache, Pass, PassPlan
+from wanrt.models.rope import RopeTable
+from wanrt.models.transformer import (
+    CachedMemory,
+    Elementwise,
+    Memory,
+    QKNorm,
+    SelfAttention,
+    TextKV,
+    WanTransformer,
+)
+from wanrt.parallel.collectives import gather, heads_to_tokens, tokens_to_heads
+
+
+def own_rows(rope: RopeTable, rank: int, size: int) -> RopeTable:
+    """The table's rows of rank `rank`'s tokens: the rank-th part of every latent frame."""
+    part = rope.tokens_per_frame // size
+
+    def cut(table: Tensor) -> Tensor:
+        frames = table.unflatten(0, (-1, rope.tokens_per_frame))
+        return frames[:, rank * part : (rank + 1) * part].flatten(0, 1)
+
+    return RopeTable(cut(rope.cos), cut(rope.sin), part)
+
+
+@dataclass(frozen=True)
+class UlyssesMemory:
+    """A layer's memory seen from a rank's tokens; keys and values are stored for all tokens of its heads.
+
+    Norm, rotation and rounding come before the exchange, as in one process, so the same numbers are exchanged.
+    """
+
+    whole: CachedMemory
+    group: ProcessGroup
+
+    @property
+    def ops(self) -> Elementwise:
+        """What runs between matrix products."""
+        return self.whole.ops
+
+    @property
+    def backend(self) -> AttentionBackend:
+        """What computes attention."""
+        return self.whole.backend
+
+    def attend(self, norms: QKNorm, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `CachedMemory.attend`, for `[B, F * m, C]` of this rank's tokens; gives `[B, F * m, H, D]`."""
+        memory, plan = self.whole, self.whole.plan
+        query = self._turn(q, norms.query, norms, self._own_rope())
+        mine = torch.stack((query, *self._key_value(norms, k, v)))
+        query, key, value = tokens_to_heads(mine, plan.frames, self.group)
+        memory.cache.write(memory.layer, plan, key, value)
+        lo, hi = memory.cache.span(plan)
+        keys, values = memory.layer.key[:, lo:hi], memory.layer.value[:, lo:hi]
+        out = attend(query, keys, values, memory.bias, backend=memory.backend)
+        self._commit(norms, k, value)
+        return heads_to_tokens(out, plan.frames, self.group)
+
+    def remember(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
+        """As `CachedMemory.remember`."""
+        memory, plan = self.whole, self.whole.plan
+        key, value = tokens_to_heads(torch.stack(self._key_value(norms, k, v)), plan.frames, self.group)
+        memory.cache.write(memory.layer, plan, key, value)
+        self._commit(norms, k, value)
+
+    def _key_value(self, norms: QKNorm, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        key = self._turn(k, norms.key, norms, self._own_rope())
+        return key, v.unflatten(-1, (-1, norms.head_dim))
+
+    def _own_rope(self) -> RopeTable:
+        return own_rows(self.whole.rope, self.group.rank(), self.group.size())
+
+    def _turn(self, x: Tensor, weight: Tensor | None, norms: QKNorm, rope: RopeTable | None) -> Tensor:
+        cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
+        return self.ops.rope_norm(x, weight, cos, sin, head_dim=norms.head_dim, eps=norms.eps)
+
+    def _commit(self, norms: QKNorm, k: Tensor, value: Tensor) -> None:
+        memory, plan = self.whole, self.whole.plan
+        if plan.pass_ is Pass.COMMIT:
+            raw = tokens_to_heads(self._turn(k, norms.key, norms, None), plan.frames, self.group)
+            memory.cache.commit(memory.layer, plan, raw, value)
+
+
+class UlyssesAttention(SelfAttention):
+    """The self-attention it is made from, with its memory reached through the group."""
+
+    def __init__(self, whole: SelfAttention, group: ProcessGroup) -> None:
+        nn.Module.__init__(self)
+        self.head_dim, self.eps = whole.head_dim, whole.eps
+        self.q, self.k, self.v, self.o = whole.q, whole.k, whole.v, whole.o
+        self.norm_q, self.norm_k = whole.norm_q, whole.norm_k
+        self.group = group
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """`[B, F * m, C]` to `[B, F * m, C]`."""
+        return super().forward(x, self._shared(memory))
+
+    def remember(self, x: Tensor, memory: Memory) -> None:
+        """Keys and values only."""
+        super().remember(x, self._shared(memory))
+
+    def _shared(self, memory: Memory) -> UlyssesMemory:
+        assert isinstance(memory, CachedMemory), "Ulysses is for inference: it needs a KV cache"
+        return UlyssesMemory(memory, self.group)
+
+
+@dataclass(frozen=True)
+class TokenShare:
+    """Cuts latents into a rank's share of every frame's patches, and joins the shares again.
+
+    patch: (rows, columns) of a patch. Shapes: `[B, C, F, h, w]` whole, `[B, C, F, p, m q]` a share.
+    """
+
+    patch: tuple[int, int]
+    group: ProcessGroup
+
+    def cut(self, latents: Tensor) -> Tensor:
+        """This rank's patches, in one row."""
+        p, q = self.patch
+        patches = latents.unflatten(4, (-1, q)).unflatten(3, (-1, p)).transpose(4, 5).flatten(3, 4)
+        part = patches.shape[3] // self.group.size()
+        mine = patches[:, :, :, self.group.rank() * part :][:, :, :, :part]
+        return mine.transpose(3, 4).flatten(4)
+
+    def join(self, share: Tensor, height: int) -> Tensor:
+        """Every rank's share as one latent of `height` rows, on every rank."""
+        p, q = self.patch
+        patches = gather(share.unflatten(4, (-1, q)).transpose(3, 4), 3, self.group)
+        return patches.unflatten(3, (height // p, -1)).transpose(4, 5).flatten(5, 6).flatten(3, 4)
+
+
+class UlyssesTransformer(nn.Module):
+    """A `WanTransformer` whose layers were given to `UlyssesAttention`; called like the model itself.
+
+    Every rank is called with the whole latents, and gets the whole velocity.
+    """
+
+    def __init__(self, model: WanTransformer, group: ProcessGroup) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.share = TokenShare(model.config.patch_size[1:], group)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.model.dtype
+
+    def embed_text(self, embeddings: Tensor) -> TextKV:
+        """See `WanTransformer.embed_text`; whole on every rank, as cross-attention is local."""
+        return self.model.embed_text(embeddings)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: TextKV,
+        cache: KVCache,
+        *,
+        pass_: Pass,
+        bias: Tensor | None = None,
+    ) -> Tensor | None:
+        """See `WanTransformer.forward`."""
+        self.model.check(latents, timesteps, cache, pass_, bias)
+        plan = cache.begin(pass_, latents.shape[2])
+        velocity = self.run(latents, timesteps, text, cache, plan, bias)
+        cache.finish(plan)
+        return velocity
+
+    def run(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: TextKV,
+        cache: KVCache,
+        plan: PassPlan,
+        bias: Tensor | None = None,
+    ) -> Tensor | None:
+        """See `WanTransformer.run`."""
+        share = self.model.run(self.share.cut(latents), timesteps, text, cache, plan, bias)
+        return None if share is None else self.share.join(share, latents.shape[3])
