@@ -52,7 +52,9 @@ def leaves(command):
 
 
 def options(command) -> set[str]:
-    return COMMON | {option for p in command.params for option in p.opts if option.startswith("-")}
+    return COMMON | {
+        option for p in command.params for option in (*p.opts, *p.secondary_opts) if option.startswith("-")
+    }
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -132,6 +132,19 @@ def test_nan_is_named_with_its_chunk_and_never_shown(fake_pipeline, fakes):
     assert shown == [0, 1]
 
 
+def test_bad_pixels_are_named_too(fake_pipeline, fakes):
+    class Broken(fakes[2]):
+        def decode(self, latent, state):
+            pixels = super().decode(latent, state)
+            if self.decoded == 6:
+                pixels[0, 1, -1, 0, 0] = float("inf")
+            return pixels
+
+    pipeline, _, _ = fake_pipeline(vae=Broken())
+    with pytest.raises(RunError, match=r"chunk 1: NaN or Inf in the VAE's pixels"):
+        video(pipeline)
+
+
 def test_wrong_order_is_refused(fake_pipeline):
     mesh = fake_pipeline()[0]._mesh
     with pytest.raises(RunError, match="nothing is under way"):

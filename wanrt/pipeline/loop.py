@@ -110,8 +110,8 @@ class Pipeline:
                 self._decode_all()
             if policy is not AnchorPolicy.DECODE_ALL:
                 self._submit_after(chunk)
-            held = _Shown(self._show(result), flag)
-            if flag.ready:
+            held = self._show(result, flag)
+            if held.known:
                 yield held.checked()
                 held = None
             if policy is AnchorPolicy.DECODE_ALL:
@@ -166,7 +166,7 @@ class Pipeline:
         self._control = control
         return control
 
-    def _show(self, result: ChunkResult) -> Frames:
+    def _show(self, result: ChunkResult, latents: Flag) -> _Shown:
         chunk = result.chunk
         first = pixel_frames(CHUNK_LATENTS * chunk)
         # decode-all, the policy to compare with, delivers before it submits: no lane of its own
@@ -178,20 +178,38 @@ class Pipeline:
                 pixels = pixels[:, :, : self._settings.frames - first]
             with self._recorder.span(STAGE, "convert", chunk):
                 converted = self._convert(pixels)
-        return Frames(converted, chunk, first, pixels.shape[2])
+                finite = Flag(_all_finite(pixels))
+        return _Shown(Frames(converted, chunk, first, pixels.shape[2]), latents, finite)
+
+
+def _all_finite(pixels: torch.Tensor) -> torch.Tensor:
+    """0-dim bool: no NaN, no Inf. One pass: a sum over NaN or Inf is neither finite nor hidden by the rest."""
+    import torch
+
+    with torch.inference_mode():
+        return torch.isfinite(pixels.float().sum())
 
 
 @dataclass(frozen=True)
 class _Shown:
-    """Frames on their way out, and whether their latents are finite."""
+    """Frames on their way out, and whether their latents and pixels are finite."""
 
     frames: Frames
-    finite: Flag
+    latents: Flag
+    pixels: Flag
+
+    @property
+    def known(self) -> bool:
+        """Whether `checked` would not wait for a device."""
+        return self.latents.ready and self.pixels.ready
 
     def checked(self) -> Frames:
-        if not self.finite.value:
-            raise RunError(
-                f"chunk {self.frames.chunk}: NaN or Inf in the transformer's latents; "
-                "check weights and precision"
-            )
+        """The frames; waits for the latents' flag only, looks at the pixels' if it is there."""
+        if not self.latents.value:
+            raise self._error("the transformer's latents")
+        if self.pixels.ready and not self.pixels.value:
+            raise self._error("the VAE's pixels")
         return self.frames
+
+    def _error(self, where: str) -> RunError:
+        return RunError(f"chunk {self.frames.chunk}: NaN or Inf in {where}; check weights and precision")

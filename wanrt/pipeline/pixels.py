@@ -116,14 +116,20 @@ class PixelStage:
     def _encode(self, latent: int) -> None:
         import torch
 
-        with torch.inference_mode(), self._recorder.span(STAGE, "anchor-encode", latent=latent):
+        made = self._context_of(latent)[0] - 1  # the chunk whose end the anchor belongs to
+        with torch.inference_mode(), self._recorder.span(STAGE, "anchor-encode", made, latent=latent):
             anchor = self._vae.encode_frame(self._frames.pop(latent)).float()
         self._anchors[latent] = self._lanes.share(anchor)
 
+    def _context_of(self, latent: int) -> tuple[int, int]:
+        """The chunk whose context has an anchor in this latent's place, and 0 if it is one: 3k - window."""
+        assert self._window is not None
+        return divmod(latent + self._window, CHUNK_LATENTS)
+
     def _is_anchor(self, latent: int) -> bool:
-        """Whether some context puts an anchor in this latent's place: chunk k replaces latent 3k - window."""
+        """Whether some context puts an anchor in this latent's place."""
         if self._window is None:
             return False
-        chunk, rest = divmod(latent + self._window, CHUNK_LATENTS)
+        chunk, rest = self._context_of(latent)
         exists = self._chunks is None or chunk < self._chunks
         return exists and rest == 0 and CHUNK_LATENTS * (chunk - 1) >= self._window

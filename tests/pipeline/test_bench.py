@@ -1,0 +1,83 @@
+import json
+from fractions import Fraction
+
+import pytest
+
+from wanrt.errors import RunError, UsageError
+from wanrt.pipeline.bench import bench, by_chunk, report, run_bench, table
+from wanrt.pipeline.build import Tuning
+from wanrt.script import RenderJob, Timeline, load_preset
+from wanrt.telemetry import Span
+
+MS = 1_000_000
+
+
+@pytest.fixture
+def job():
+    preset = load_preset("wan-tiny")
+    return RenderJob(
+        preset=preset, timeline=Timeline.of("a red ball"), seed=3, width=64, height=48, fps=Fraction(16), frames=None,
+        steps=preset.steps, window=3, bias=1.0, anchor="anchor-only", random_weights=True, device="cpu",
+    )  # fmt: skip
+
+
+def seed_chunk(chunk, start):
+    """A chunk of the seed system as issue 3 has it: mesh 885 ms, then 57 + 13 ms on the path, 115 ms beside it."""
+    at = start * MS
+    mesh = [("context", 0, 177), *((f"step{i}", 177 * (i + 1), 177) for i in range(4))]
+    stage0 = [("anchor-decode", 885, 57), ("anchor-encode", 942, 13), ("display-decode", 955, 115)]
+    work = [("mesh", *m) for m in mesh] + [("stage0", *s) for s in stage0]
+    return [Span(stage, name, chunk, at + a * MS, at + (a + d) * MS) for stage, name, a, d in work]
+
+
+def test_columns_of_a_known_recording(job):
+    spans = {chunk: seed_chunk(chunk, 955 * chunk) for chunk in range(3, 9)}
+    got = report(job, spans, 3, (1.0, 2.0), None, Tuning())
+    assert got.chunks == 6
+    assert got.period.p50_ms == pytest.approx(955)
+    assert got.mesh.p50_ms == pytest.approx(885)
+    assert got.stage0.p50_ms == pytest.approx(57 + 13 + 115)
+    assert got.anchor_path.p50_ms == pytest.approx(70)
+    assert got.fps == pytest.approx(12 / 0.955)
+    assert got.fps_without_vae == pytest.approx(12 / 0.885)
+    assert "12.57" in table([got])
+    json.dumps(got.document())
+
+
+def test_an_incomplete_recording_is_refused(job):
+    spans = {3: seed_chunk(3, 0), 4: []}
+    with pytest.raises(RunError, match="lacks passes"):
+        report(job, spans, 3, (1.0, 2.0), None, Tuning())
+
+
+def test_a_run(job):
+    got = bench(job, chunks=2, warm_up=1)
+    assert got.chunks == 2
+    assert got.period.p50_ms > got.mesh.p50_ms > 0
+    assert got.anchor_path.p50_ms > 0
+    assert got.memory_bytes is None
+
+
+@pytest.mark.parametrize(("chunks", "warm_up"), [(1, 3), (8, 0)])
+def test_too_few_chunks_are_refused(job, chunks, warm_up):
+    with pytest.raises(UsageError, match="at least 2"):
+        bench(job, chunks=chunks, warm_up=warm_up)
+
+
+def test_the_command(tmp_path):
+    flags = {"size": "32x32", "random_weights": True, "device": "cpu"}
+    out = tmp_path / "b.json"
+    printed = run_bench(flags, "decode-all,latent", 2, 1, Tuning(), str(out))
+    assert "single decode-all" in printed
+    runs = json.loads(out.read_text())["runs"]
+    assert [run["name"] for run in runs] == ["single decode-all", "single latent"]
+    assert runs[0]["fps"] > 0
+    assert runs[0]["settings"]["random_weights"] is True
+
+
+def test_spans_of_other_chunks_are_left_out():
+    class Recorder:
+        def recent(self, seconds):
+            return seed_chunk(0, 0) + seed_chunk(1, 955)
+
+    assert {s.chunk for s in by_chunk(Recorder(), range(1, 2))[1]} == {1}

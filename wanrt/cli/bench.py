@@ -1,0 +1,52 @@
+"""`wanrt bench`: how fast a model runs here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Text = str | None
+
+
+def command(
+    preset: Annotated[
+        Text, typer.Option(metavar="NAME", help="The model (wanrt presets lists them).")
+    ] = None,
+    size: Annotated[Text, typer.Option(metavar="WxH", help="Width x height, multiples of 16.")] = None,
+    chunks: Annotated[int, typer.Option(metavar="N", help="Chunks to measure, after the warm-up.")] = 8,
+    warm_up: Annotated[int, typer.Option(metavar="N", help="Chunks before the measurement.")] = 3,
+    topology: Annotated[Text, typer.Option(metavar="T", help="Devices and roles; see wanrt-render.")] = None,
+    anchor: Annotated[
+        Text, typer.Option(metavar="POLICY", help='An anchor policy, several with commas, or "all".')
+    ] = None,
+    window: Annotated[Text, typer.Option(metavar="N", help="Latent frames of context.")] = None,
+    bias: Annotated[
+        Text, typer.Option(metavar="B", help="KV attention bias, above 0 to 1; 1 is off.")
+    ] = None,
+    steps: Annotated[Text, typer.Option(metavar="LIST", help="How many steps, or their timesteps.")] = None,
+    precision: Annotated[Text, typer.Option(metavar="P", help="auto, bf16, fp16, fp32 or fp8.")] = None,
+    device: Annotated[Text, typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.")] = None,
+    weights: Annotated[Text, typer.Option(metavar="DIR", help="Where the weights are.")] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Fill the model with noise; times are the same.")
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile the transformer's layers (CUDA).")
+    ] = False,
+    graphs: Annotated[
+        bool, typer.Option("--graphs/--no-graphs", help="Run steady passes as CUDA graphs.")
+    ] = True,
+    json: Annotated[
+        Text, typer.Option("--json", metavar="FILE", help="Write the measurements there.")
+    ] = None,
+) -> None:
+    """Measure how fast a model runs here, in its steady state."""
+    from wanrt.pipeline.bench import run_bench
+    from wanrt.pipeline.build import Tuning
+
+    flags = {
+        "preset": preset, "size": size, "topology": topology, "window": window, "bias": bias, "steps": steps,
+        "precision": precision, "device": device, "weights": weights, "random_weights": random_weights,
+    }  # fmt: skip
+    print(run_bench(flags, anchor, chunks, warm_up, Tuning(graphs, compile), json))

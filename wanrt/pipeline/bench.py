@@ -1,0 +1,254 @@
+"""`wanrt bench`: a pipeline without an encoder, warmed up, then measured in its steady state.
+
+Everything is read off the recording. Per chunk, medians over the measured chunks:
+
+    period       from the start of a chunk's first pass to the start of the next one's
+    mesh         time in the transformer's passes
+    stage 0      time in the VAE and in the conversion to the encoder's format
+    anchor path  what lies between two chunks' passes on the mesh: decode and encode of the anchor, and waiting
+
+    fps          12 / period: what comes out;  fps without VAE: 12 / mesh, the mesh never waiting
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanrt.errors import RunError, UsageError
+from wanrt.output import PixelFormat, QueuedSink, Sink, VideoSpec
+from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, check_topology, find_files, make_recorder
+from wanrt.pipeline.context import CHUNK_LATENTS, pixel_frames
+from wanrt.pipeline.encoding import RecordedSink
+from wanrt.pipeline.render import converter, one_line_errors, settings
+from wanrt.telemetry import Recorder, Span
+
+if TYPE_CHECKING:
+    import torch
+
+    from wanrt.output.sink import Pixels
+    from wanrt.script import RenderJob
+
+log = logging.getLogger("wanrt.pipeline")
+
+WARM_UP_CHUNKS = 3  # shapes are static from the third chunk on with the usual window
+CHUNK_FRAMES = 12
+NOT_INCLUDED = ("text encoding", "video encoding", "loading and warm-up")
+FIRST_HALF = 0.50
+TAIL = 0.95
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One measure over the chunks, in milliseconds."""
+
+    p50_ms: float
+    p95_ms: float
+
+    @classmethod
+    def of(cls, values_ns: Iterable[float]) -> Timing:
+        """Median and 95th percentile of nanoseconds."""
+        from wanrt.telemetry.quantiles import quantile
+
+        sample = list(values_ns)
+        return cls(quantile(sample, FIRST_HALF) / 1e6, quantile(sample, TAIL) / 1e6)
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """One measured configuration. See the module's head for the columns."""
+
+    name: str
+    settings: Mapping[str, object]
+    warm_up_chunks: int
+    chunks: int
+    period: Timing
+    mesh: Timing
+    stage0: Timing
+    anchor_path: Timing
+    load_s: float
+    warm_up_s: float
+    memory_bytes: int | None  # most that the device's allocator held; None on a CPU
+    not_included: tuple[str, ...] = NOT_INCLUDED
+
+    @property
+    def fps(self) -> float:
+        """Pixel frames per second, VAE included."""
+        return CHUNK_FRAMES * 1e3 / self.period.p50_ms
+
+    @property
+    def fps_without_vae(self) -> float:
+        """Pixel frames per second if the mesh never waited."""
+        return CHUNK_FRAMES * 1e3 / self.mesh.p50_ms
+
+    def document(self) -> dict[str, object]:
+        """As JSON: the fields, the rates, the machine."""
+        from wanrt.telemetry.export import machine
+
+        rates = {"fps": self.fps, "fps_without_vae": self.fps_without_vae}
+        return {"schema": 1, **asdict(self), **rates, "machine": machine()}
+
+
+class DiscardingSink(Sink):
+    """Takes frames in the encoder's format and drops them."""
+
+    def __init__(self, spec: VideoSpec) -> None:
+        self.spec, self.pixel_format = spec, PixelFormat.NV12
+
+    def write(self, pixels: Pixels) -> None:
+        """See `Sink.write`."""
+        self.frames_written += len(pixels)
+
+    def finish(self) -> Path:
+        """Nowhere."""
+        return Path()
+
+    def abort(self) -> None:
+        """Nothing is kept."""
+
+
+def bench(
+    job: RenderJob, *, chunks: int = 8, warm_up: int = WARM_UP_CHUNKS, tuning: Tuning | None = None
+) -> BenchReport:
+    """Runs `warm_up` chunks, then measures `chunks` more.
+
+    Raises `UsageError` for fewer than two chunks, and whatever building a pipeline raises.
+    """
+    from wanrt.pipeline.devices import choose_device, set_threads, wait_passively
+
+    if chunks < 2 or warm_up < 1:
+        raise UsageError(f"bench of {chunks} chunks after {warm_up}: expected at least 2 after at least 1")
+    check_topology(job)
+    wait_passively()
+    device = choose_device(job.device)
+    set_threads(device)
+    wanted = pixel_frames(CHUNK_LATENTS * (warm_up + chunks))
+    with one_line_errors():
+        return _measure(replace(job, frames=wanted), warm_up, device, tuning or Tuning())
+
+
+def _measure(job: RenderJob, warm_up: int, device: torch.device, tuning: Tuning) -> BenchReport:
+    recorder = make_recorder(job, device, None)
+    spec = VideoSpec(job.width, job.height, job.fps)
+    convert = converter(spec, PixelFormat.NV12, device)
+    began = time.perf_counter()
+    pipeline = build_pipeline(job, find_files(job), device, Wiring(recorder, convert=convert), tuning)
+    loaded = time.perf_counter()
+    sink = QueuedSink(RecordedSink(DiscardingSink(spec), recorder))
+    warmed = loaded
+    try:
+        for frames in pipeline.run():
+            sink.write(frames.pixels)
+            sink.flush_chunk()
+            warmed = time.perf_counter() if frames.chunk == warm_up - 1 else warmed
+    finally:
+        pipeline.close()
+        sink.finish()
+    _settle(device)
+    assert job.chunks is not None
+    spans = by_chunk(recorder, range(warm_up, job.chunks))
+    return report(job, spans, warm_up, (loaded - began, warmed - loaded), _memory(device), tuning)
+
+
+def report(
+    job: RenderJob,
+    spans: Mapping[int, list[Span]],
+    warm_up: int,
+    seconds: tuple[float, float],
+    memory: int | None,
+    tuning: Tuning,
+) -> BenchReport:
+    """The measures of spans sorted by chunk. Raises `RunError` when a chunk was not recorded whole."""
+    chunks = sorted(spans)
+    mesh = {c: [s for s in spans[c] if s.stage == "mesh"] for c in chunks}
+    if not all(mesh.values()):
+        raise RunError("bench: the recording lacks passes of some chunks; this is a defect of wanrt")
+    start = {c: min(s.start_ns for s in mesh[c]) for c in chunks}
+    end = {c: max(s.end_ns for s in mesh[c]) for c in chunks}
+    pairs = list(pairwise(chunks))
+    return BenchReport(
+        name=f"{job.topology} {job.anchor}",
+        settings={**settings(job), "compile": tuning.compile, "graphs": tuning.graphs},
+        warm_up_chunks=warm_up,
+        chunks=len(chunks),
+        period=Timing.of(start[b] - start[a] for a, b in pairs),
+        mesh=Timing.of(sum(s.duration_ns for s in mesh[c]) for c in chunks),
+        stage0=Timing.of(sum(s.duration_ns for s in spans[c] if s.stage == "stage0") for c in chunks),
+        anchor_path=Timing.of(start[b] - end[a] for a, b in pairs),
+        load_s=seconds[0],
+        warm_up_s=seconds[1],
+        memory_bytes=memory,
+    )
+
+
+def by_chunk(recorder: Recorder, chunks: range) -> dict[int, list[Span]]:
+    """Outermost spans of these chunks."""
+    found: dict[int, list[Span]] = {chunk: [] for chunk in chunks}
+    for span in recorder.recent(float(10**6)):
+        if span.chunk in found:
+            found[span.chunk].append(span)
+    return found
+
+
+def table(reports: Iterable[BenchReport]) -> str:
+    """The scorecard's columns, one configuration a line, and what is not included."""
+    head = ("configuration", "period", "mesh", "stage 0", "anchor path", "fps", "fps without VAE")
+    rows = [head, *(_row(report) for report in reports)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([*lines, f"medians of steady chunks, ms; not included: {', '.join(NOT_INCLUDED)}"])
+
+
+def _row(report: BenchReport) -> tuple[str, ...]:
+    times = (report.period, report.mesh, report.stage0, report.anchor_path)
+    rates = (report.fps, report.fps_without_vae)
+    return (report.name, *(f"{t.p50_ms:.1f}" for t in times), *(f"{rate:.2f}" for rate in rates))
+
+
+def _settle(device: torch.device) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _memory(device: torch.device) -> int | None:
+    import torch
+
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
+def run_bench(
+    flags: Mapping[str, object],
+    anchors: str | None,
+    chunks: int,
+    warm_up: int,
+    tuning: Tuning,
+    json: str | None,
+) -> str:
+    """What the command does: one run for each anchor policy; returns the table, writes the JSON.
+
+    `anchors`: None for the preset's own, one policy, several with commas, or "all". Raises `UsageError` or
+    `ScriptError` for wrong values before anything runs.
+    """
+    from wanrt.script import build_job, read_script
+    from wanrt.script.job import ANCHORS
+    from wanrt.telemetry.files import write_json
+
+    names = ANCHORS if anchors == "all" else anchors.split(",") if anchors else [None]
+    script = read_script("a red ball bouncing over a blue night sky")
+    jobs = [build_job(script, {**flags, "anchor": name}) for name in names]
+    reports = [bench(job, chunks=chunks, warm_up=warm_up, tuning=tuning) for job in jobs]
+    if json is not None:
+        write_json(json, {"schema": 1, "runs": [report.document() for report in reports]})
+    return table(reports)
