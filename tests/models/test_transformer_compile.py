@@ -90,6 +90,20 @@ def test_rolling_traces_whole_and_once(make_transformer, make_cache, counted, si
 
 
 @torch.no_grad()
+def test_layers_compiled_apart_share_their_graphs(make_transformer, make_cache, counted):
+    model = make_transformer(num_layers=4)
+    counter, _ = counted
+    for block in model.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend=counter)
+    text, cache = model.embed_text(draw(1, 5, 20)), make_cache(model)
+    graphs = []
+    for chunk in range(3):
+        chunk_of_passes(model, cache, text, seed=chunk, context=min(3 * chunk, 3), bias=torch.tensor(-1.0))
+        graphs.append(counter.frame_count)
+    assert graphs == [2, 6, 6]  # the first layer has no residual to finish
+
+
+@torch.no_grad()
 def test_explain_counts_no_breaks(make_transformer, make_cache):
     model = make_transformer()
     text, cache = model.embed_text(draw(1, 5, 20)), make_cache(model)

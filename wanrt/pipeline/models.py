@@ -135,7 +135,12 @@ def streaming_vae(models: Models, job: RenderJob, precision: Precision, *, graph
 
 
 def compile_blocks(transformer: WanTransformer) -> None:
-    """Compiles each layer on its own: the layers share one graph a pass, so it takes seconds, not minutes."""
+    """Compiles each layer on its own: the layers share their graphs, so it takes seconds, not minutes."""
+    import torch
+
+    # Two graphs (the first layer has no residual to finish) for each context size, with and without bias; the
+    # default of 8 ends in an error under fullgraph.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in transformer.blocks:
         block.compile(fullgraph=True, dynamic=False)
 
