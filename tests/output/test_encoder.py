@@ -4,12 +4,20 @@ import logging
 from fractions import Fraction
 from itertools import pairwise
 
+import av
 import numpy as np
 import pytest
 
 from wanrt.errors import OutputError
 from wanrt.output import Quality, VideoSpec, open_sink
-from wanrt.output.encoder import ENCODERS, EncoderKind, VideoEncoder, choose_encoder, trial_encode
+from wanrt.output.encoder import (
+    ENCODERS,
+    EncoderKind,
+    EncoderSettings,
+    VideoEncoder,
+    choose_encoder,
+    trial_encode,
+)
 
 SPEC = VideoSpec(64, 48, Fraction(16))
 SOFTWARE = [(codec, kind) for codec, kinds in ENCODERS.items() for kind in kinds if not kind.hardware]
@@ -74,3 +82,14 @@ def test_keyframes_come_in_time_and_when_asked():
     ]
     assert keys[:3] == [0, 64, 70]
     assert max(b - a for a, b in pairwise(keys)) <= 64
+
+
+def test_an_external_library_that_fails_is_a_reason_not_a_crash(monkeypatch):
+    """A GPU without NVENC answers avcodec_open2 with ExternalError, which is no OSError."""
+
+    def refuse(self):
+        raise av.error.ExternalError(542398533, "Generic error in an external library")
+
+    monkeypatch.setattr(VideoEncoder, "_open_stream", refuse)
+    settings = EncoderSettings(ENCODERS["h264"][0], SPEC, {})
+    assert "external library" in str(trial_encode(settings))

@@ -21,8 +21,10 @@ WARM_UP_CALLS = 3  # cuDNN picks its algorithms in the first, its workspaces set
 def measured_convolutions() -> AbstractContextManager[None]:
     """Let cuDNN time its algorithms once per shape and keep the fastest."""
     cudnn = torch.backends.cudnn
-    # `flags` switches cuDNN off unless told otherwise
-    return cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=cudnn.allow_tf32)
+    # `flags` switches cuDNN off unless told otherwise; limit 0 tries every algorithm, not the likeliest ten
+    return cudnn.flags(
+        enabled=True, benchmark=True, benchmark_limit=0, deterministic=False, allow_tf32=cudnn.allow_tf32
+    )
 
 
 class GraphedCall:

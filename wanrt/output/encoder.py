@@ -19,7 +19,7 @@ import numpy as np
 
 from wanrt.errors import OutputError
 
-from .errors import words
+from .errors import MEDIA_ERRORS, words
 from .quality import Quality
 from .spec import VideoSpec
 
@@ -152,7 +152,7 @@ class VideoEncoder:
                 self._header, "w", format="mp4", options={"movflags": "empty_moov+default_base_moof"}
             )
             self.stream = self._open_stream()
-        except (OSError, ValueError, RuntimeError) as error:
+        except MEDIA_ERRORS as error:
             raise OutputError(f"encoder {settings.kind.name}: cannot be opened ({words(error)})") from error
 
     def _open_stream(self) -> VideoStream:
@@ -251,6 +251,6 @@ def trial_encode(settings: EncoderSettings) -> str | None:
         packets = [packet for _ in range(4) for packet in encoder.encode(grey)] + encoder.drain()
     except OutputError as error:
         return str(error)
-    except (OSError, ValueError, RuntimeError) as error:
+    except MEDIA_ERRORS as error:
         return words(error)
     return None if sum(packet.size for packet in packets) else "no packet came out"

@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import av
+
 from wanrt.errors import OutputError
+
+# what writing and encoding may raise; not every FFmpegError is an OSError (a missing GPU encoder is not)
+MEDIA_ERRORS = (OSError, ValueError, RuntimeError, av.FFmpegError)
 
 ADVICE = {
     errno.ENOSPC: "the disk is full; make space or choose another disk with -o",
@@ -35,10 +40,10 @@ def describe(error: BaseException) -> str:
 
 @contextmanager
 def output_errors(path: Path | str) -> Iterator[None]:
-    """Turn OSError (PyAV's errors are OSErrors or ValueErrors too) into OutputError about `path`."""
+    """Turn the system's and FFmpeg's errors into OutputError about `path`."""
     try:
         yield
     except OutputError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except MEDIA_ERRORS as error:
         raise OutputError(f"{path}: {describe(error)}") from error
