@@ -128,7 +128,7 @@ def test_an_unusual_size_is_said(job_of):
     st.lists(st.fractions(1, 40), min_size=1, max_size=12),
     st.sampled_from([1, 8, 16, 24, Fraction(30000, 1001)]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100)
 def test_starts_against_exact_sums(lengths, fps):
     """Scene starts are exact: no error adds up over many scenes whose lengths fall between frames."""
     shortest = Fraction(12) / fps  # of a scene that surely gets a chunk
@@ -234,6 +234,18 @@ def test_all_findings_in_one_go_in_the_files_order(findings_of):
     assert len(set(findings)) == len(findings)
 
 
+def test_findings_about_the_model_come_with_the_others(findings_of):
+    text = 'preset = "self-forcing-1.3b"\nseed = -1\nanchor = "latent"\n[[scene]]\nprompt = ""'
+    assert [f.split(" ")[0] for f in findings_of(text)] == ["<stdin>:2:", "<stdin>:3:", "<stdin>:5:"]
+    assert len(findings_of(text, preset="nothing", fps="x")) == 4
+    assert len(findings_of('preset = "nothing"\nfps = 0\nduration = 1\nchunks = 1')) == 3
+
+
+def test_the_last_scene_may_be_extended(job_of):
+    text = '[[scene]]\nprompt = "x"\nduration = "2s"\n[[scene]]\nprompt = "y"\ntransition = "10s"'
+    assert job_of(text, duration="20s").timeline.scenes[1].ramp == 160
+
+
 def test_flag_findings(findings_of):
     scene = '[[scene]]\nprompt = "x"'
     assert findings_of(scene, topology="tp=x")[0].startswith('--topology: got "tp=x"; expected single, tp=N')
@@ -277,7 +289,7 @@ def test_bare_prompts():
     assert build_job(read_script(long)).timeline.prompts() == (long.strip(),)
     with pytest.raises(UsageError, match="empty prompt"):
         read_script("  ")
-    with pytest.raises(ScriptError, match=r"at most 100,000 characters"):
+    with pytest.raises(ScriptError, match=r'^scene 1, prompt: got "x.*at most 100,000 characters'):
         build_job(read_script("x" * 100_001))
 
 

@@ -11,7 +11,7 @@ from wanrt.errors import ScriptError
 from wanrt.script import RenderJob, build_job, read_script
 
 FINDING = re.compile(r"<stdin>:[1-9]\d*: \S[^\n]*")
-MANY = settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=700, suppress_health_check=list(HealthCheck))
 
 VALID = b"""
 title    = "Ball over the bay"

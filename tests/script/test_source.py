@@ -117,7 +117,7 @@ documents = st.lists(st.one_of(pairs, pairs, headers, st.just("# ]] comment"), s
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300)
 @given(documents)
 def test_random_documents(text):
     try:

@@ -15,6 +15,7 @@ from wanrt.errors import ScriptError, UsageError
 from wanrt.parallel.topology import ModelShape, Topology, check
 from wanrt.script import findings as say
 from wanrt.script import units
+from wanrt.script.findings import Finding
 from wanrt.script.job import RenderJob
 from wanrt.script.layout import Layout, lay_out, unseen
 from wanrt.script.preset import CacheKind, Preset, bundled, demo_names, is_model, load_preset, read_preset
@@ -25,6 +26,8 @@ from wanrt.script.timeline import Curve, Scene, Timeline
 
 DEFAULT_PRESET = "wan-tiny"
 MAX_WINDOW = 12  # latent frames of a recomputed context (issue of the design: windows 1 to 12)
+
+PLACEHOLDER = PromptFile.model_validate({"scene": [{"prompt": "?"}]})  # frozen
 
 log = logging.getLogger("wanrt.script")
 
@@ -43,12 +46,9 @@ def build_job(script: Script, flags: Mapping[str, Any] | None = None) -> RenderJ
 
     `flags` has the keys of `Flags`, with values as typed. Raises ScriptError, one line per finding.
     """
-    lines: list[str] = []
-    given = _flags(flags or {}, lines)
-    file = _file(script.source, lines)
-    if file is None or given is None:
-        raise ScriptError("\n".join(lines))
-    return _Resolver(script, file, given).job()
+    given, found_in_flags = _flags(flags or {})
+    file, found_in_file = _file(script)
+    return _Resolver(script, file, given, [*found_in_flags, *found_in_file]).job()
 
 
 def read_script(argument: str, stdin: BinaryIO | None = None) -> Script:
@@ -108,49 +108,69 @@ def _bare(prompt: str) -> Script:
     return Script(Source("the prompt", {"scene": [{"prompt": prompt}]}, {}), bare=True)
 
 
-def _flags(values: Mapping[str, Any], lines: list[str]) -> Flags | None:
+def _flags(values: Mapping[str, Any]) -> tuple[Flags, list[Finding]]:
+    """The checked flags; without the wrong ones when there are any."""
+    given = {key: value for key, value in values.items() if value is not None}
     try:
-        return Flags.model_validate({key: value for key, value in values.items() if value is not None})
+        return Flags.model_validate(given), []
     except ValidationError as bad:
-        lines += say.flags_report(bad, Flags).splitlines()
-        return None
+        broken = say.broken_keys(bad) or {"duration", "chunks"}
+        rest = {key: value for key, value in given.items() if key not in broken}
+        return Flags.model_validate(rest), say.in_flags(bad, Flags)
 
 
-def _file(source: Source, lines: list[str]) -> PromptFile | None:
-    """The checked file. A file that is no prompt file at all is one finding, not twenty."""
+def _file(script: Script) -> tuple[PromptFile, list[Finding]]:
+    """The checked file; when something is wrong with it, what is right about its settings.
+
+    A file that is no prompt file at all is one finding, not twenty.
+    """
+    source = script.source
     if is_model(source):
         name = source.data.get("name", "NAME")
         text = f'is a model preset, not a prompt file: wanrt render --preset {name} "PROMPT" -o out.mp4'
-        lines.append(f"{source.name}:1: {text}")
-        return None
+        return PLACEHOLDER, [(1, text)]
     try:
-        return PromptFile.model_validate(source.data)
+        return PromptFile.model_validate(source.data), []
     except ValidationError as bad:
-        lines += say.report(bad, source, PromptFile).splitlines()
-        return None
+        found = say.in_file(bad, source, PromptFile)
+        if script.bare:  # a prompt has no lines
+            found = [(0, text) for _, text in found]
+        return _survivors(source, say.broken_keys(bad)), found
+
+
+def _survivors(source: Source, broken: set[str]) -> PromptFile:
+    """The settings of a file that are not `broken`, with a scene that stands for its scenes."""
+    dropped = broken | {"scene", "duration", "chunks"}
+    settings = {key: value for key, value in source.data.items() if key not in dropped}
+    return PromptFile.model_validate({**settings, "scene": [{"prompt": "?"}]})
 
 
 class _Resolver:
-    """Merges file, flags and preset into a job, collecting findings that need more than one of them."""
+    """Merges file, flags and preset into a job, and adds the findings that need more than one of them."""
 
-    def __init__(self, script: Script, file: PromptFile, flags: Flags) -> None:
-        self.script, self.file, self.flags = script, file, flags
-        self.findings: list[tuple[int, str]] = []
+    def __init__(self, script: Script, file: PromptFile, flags: Flags, findings: list[Finding]) -> None:
+        self.script, self.file, self.flags, self.findings = script, file, flags, findings
         self.notes: list[str] = []
 
     def job(self) -> RenderJob:
+        """The job. Raises ScriptError with every finding."""
+        whole = not self.findings  # scenes are only laid out when every number is right
         preset = self._preset()
-        if preset is None:
-            raise ScriptError(self._report())
-        self._check_model(preset)
-        self._check_topology(preset)
+        if preset is not None:
+            self._check_model(preset)
+            self._check_topology(preset)
+        if preset is None or not whole:
+            raise self._refusal()
         fps: Fraction = self._pick("fps") or preset.video.fps
         layout = lay_out(self.file, self.flags, fps)
         for path, text in layout.findings:
             self._find(path, text)
         if self.findings:
-            raise ScriptError(self._report())
+            raise self._refusal()
         return self._assemble(preset, fps, layout)
+
+    def _refusal(self) -> ScriptError:
+        return ScriptError(say.report(self.findings, self.script.source.name))
 
     def _assemble(self, preset: Preset, fps: Fraction, layout: Layout) -> RenderJob:
         width, height = self._pick("size") or preset.video.sizes[0]
@@ -191,23 +211,16 @@ class _Resolver:
         return default
 
     def _find(self, path: KeyPath, text: str) -> None:
-        self.findings.append((self.script.source.line(path), text))
-
-    def _report(self) -> str:
-        name, bare = self.script.source.name, self.script.bare
-        ordered = sorted(self.findings, key=lambda finding: finding[0])
-        return "\n".join(
-            dict.fromkeys(text if bare or not at else f"{name}:{at}: {text}" for at, text in ordered)
-        )
+        self.findings.append((0 if self.script.bare else self.script.source.line(path), text))
 
     def _preset(self) -> Preset | None:
+        """The preset; None when it is wrong, which is then a finding."""
         name = self._pick("preset", DEFAULT_PRESET)
         try:
             return load_preset(name)
         except UsageError as bad:
-            if self.flags.preset is not None:
-                raise
-            self._find(("preset",), str(bad))
+            at = 0 if self.flags.preset is not None else self.script.source.line(("preset",))
+            self.findings += [(at, line) for line in str(bad).splitlines()]
             return None
 
     def _check_model(self, preset: Preset) -> None:

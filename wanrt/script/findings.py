@@ -15,19 +15,31 @@ from wanrt.script.units import Expected, nearest, show
 FLAGS_ONLY = ("topology", "precision", "device", "weights", "random_weights", "force", "stats", "trace")
 
 
-def report(bad: ValidationError, source: Source, model: type[BaseModel]) -> str:
-    """All findings of `bad`, one line each, in the file's order and each once."""
-    findings = [(source.line(path), line) for path, line in _findings(bad, model)]
-    lines = [f"{source.name}:{at}: {line}" for at, line in sorted(findings, key=lambda f: f[0])]
-    return "\n".join(dict.fromkeys(lines))
+Finding = tuple[int, str]  # the line (0: not of the file, a flag), and what is wrong
 
 
-def flags_report(bad: ValidationError, model: type[BaseModel]) -> str:
-    """All findings about values that came as flags, which have no file and no line."""
-    lines = [
-        flag(line) if path else f"flags: {line.partition(': ')[2]}" for path, line in _findings(bad, model)
+def report(findings: Iterable[Finding], name: str) -> str:
+    """Findings as text, one line each: flags first, then the file's in its order, each once."""
+    ordered = sorted(findings, key=lambda finding: finding[0])
+    return "\n".join(dict.fromkeys(f"{name}:{at}: {text}" if at else text for at, text in ordered))
+
+
+def in_file(bad: ValidationError, source: Source, model: type[BaseModel]) -> list[Finding]:
+    """What pydantic found in a file."""
+    return [(source.line(path), text) for path, text in _findings(bad, model)]
+
+
+def in_flags(bad: ValidationError, model: type[BaseModel]) -> list[Finding]:
+    """What pydantic found in values that came as flags."""
+    return [
+        (0, flag(text) if path else f"flags: {text.partition(': ')[2]}")
+        for path, text in _findings(bad, model)
     ]
-    return "\n".join(dict.fromkeys(lines))
+
+
+def broken_keys(bad: ValidationError) -> set[str]:
+    """The top-level keys that pydantic found something wrong with."""
+    return {str(error["loc"][0]) for error in bad.errors(include_url=False) if error["loc"]}
 
 
 def flag(line: str) -> str:

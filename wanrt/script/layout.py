@@ -86,7 +86,9 @@ def _said(scene: SceneTable, fps: Fraction) -> Fraction:
 def _check_scenes(scenes: Sequence[SceneTable], layout: Layout) -> None:
     chunk = layout.seconds(CHUNK_FRAMES)
     for i, scene in enumerate(scenes):
-        took = layout.ends[i] - (layout.ends[i - 1] if i else 0)
+        start = layout.ends[i - 1] if i else Fraction(0)
+        end = layout.ends[i] if i + 1 < len(scenes) else max(layout.ends[i], Fraction(layout.frames))
+        took = end - start
         if i + 1 < len(scenes) and layout.chunks[i + 1] <= layout.chunks[i]:
             text = (
                 f"scene {i + 1} lasts {layout.seconds(took)}, which no chunk shows: "

@@ -24,7 +24,7 @@ from pydantic import (
 
 from wanrt.errors import ScriptError, UsageError
 from wanrt.script import units
-from wanrt.script.findings import report
+from wanrt.script.findings import in_file, report
 from wanrt.script.source import Source, parse
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def read_preset(source: Source) -> Preset:
     try:
         return Preset.model_validate(source.data)
     except ValidationError as bad:
-        raise ScriptError(report(bad, source, Preset)) from None
+        raise ScriptError(report(in_file(bad, source, Preset), source.name)) from None
 
 
 def _source(name: str) -> Source:
