@@ -44,7 +44,8 @@ class GraphedCall:
                 function(static)
             self.graph = torch.cuda.CUDAGraph()
             side.synchronize()
-            with torch.cuda.graph(self.graph, stream=side):
+            # thread_local: the panel asks the driver for free memory from its own thread meanwhile
+            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
                 self.output = function(static)
         torch.cuda.current_stream().wait_stream(side)
 

@@ -56,7 +56,8 @@ class GraphedForward:
                 run()
         side.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, stream=side):
+        # thread_local: the panel asks the driver for free memory from its own thread meanwhile
+        with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             self._velocity = run()
         torch.cuda.current_stream(latents.device).wait_stream(side)
 
