@@ -250,6 +250,61 @@ def test_slices_equal_the_slices_of_the_whole(seed, zoo, tmp_path):
         assert tensor.equal(half(state[name])), name
 
 
+def test_taehv_is_known_by_content(tmp_path):
+    from wanrt.models.tiny_vae import TinyVae, TinyVaeConfig
+
+    torch.manual_seed(0)
+    want = TinyVae(TinyVaeConfig())
+    path = tmp_path / "taew2_1.pth"
+    torch.save(want.state_dict(), path)
+    assert open_checkpoint(path).describe() == "TAEHV tiny VAE 11.3M, float32"
+    model = load_vae(path, dtype=torch.float32)
+    assert isinstance(model, TinyVae)
+    latents = torch.randn(1, 16, 1, 4, 6)
+    with torch.no_grad():
+        got = model.decode(latents, model.decoder_state())
+        assert got.equal(want.eval().decode(latents, want.decoder_state()))
+
+
+def test_a_cut_taehv_is_one_line(tmp_path):
+    path = tmp_path / "taew2_1.pth"
+    torch.save(
+        {"decoder.1.weight": torch.ones(4, 16, 3, 3), "decoder.3.conv.0.weight": torch.ones(4, 8, 3, 3)}, path
+    )
+    with pytest.raises(WeightsError, match="TAEHV of a variant"):
+        load_vae(path)
+
+
+def test_latent_statistics_of_the_file_win(zoo, tmp_path):
+    mean, std = [0.25] * 16, [3.0] * 16
+    path = tmp_path / "vae.safetensors"
+    metadata = {"latents_mean": json.dumps(mean), "latents_std": json.dumps(std)}
+    save_file(zoo.state(Kind.VAE), path, metadata=metadata)
+    for config in (None, zoo.configs[Kind.VAE]):
+        model = load_vae(path, config)
+        assert model.mean.flatten().tolist() == mean
+        assert model.std.flatten().tolist() == std
+
+
+@pytest.mark.parametrize("text", ["x", "[1, 2]", "{}", "[1e999" + ", 0" * 15 + "]", '["a"]', "[" * 9999])
+def test_bad_latent_statistics(text, zoo, tmp_path):
+    path = tmp_path / "vae.safetensors"
+    save_file(zoo.state(Kind.VAE), path, metadata={"latents_mean": text})
+    with pytest.raises(WeightsError, match=r"latents_mean.* expected a JSON list of 16 numbers") as caught:
+        load_vae(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_loaded_weights_can_be_changed_without_touching_the_file(zoo, tmp_path):
+    path = tmp_path / "x"
+    save_file(zoo.state(Kind.TEXT_ENCODER), path)
+    before = path.read_bytes()
+    model = load_text_encoder(path, dtype=torch.float32)
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+    assert path.read_bytes() == before
+
+
 def test_the_public_layouts_are_recognised():
     """Names and sizes of the published checkpoints, from modules of their sizes built on meta."""
     for build, said in (

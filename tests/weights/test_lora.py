@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from wanrt.errors import WeightsError
+from wanrt.weights.convert import convert
 from wanrt.weights.loading import load_transformer, open_transformer
 from wanrt.weights.names import Kind, Naming, from_original
 
@@ -82,6 +83,20 @@ def test_diffusers_names_and_slices(base, tmp_path):
     torch.testing.assert_close(
         checkpoint.read(f"{LAYERS[0]}.weight", index), whole[index], atol=1e-6, rtol=1e-6
     )
+
+
+def test_a_merged_file_is_not_merged_again(base, tmp_path, caplog):
+    path, state = base
+    tensors = {}
+    for layer, (a, b) in adapters(state).items():
+        tensors |= {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
+    lora = tmp_path / "lora.safetensors"
+    save_file(tensors, lora)
+    merged = convert(open_transformer(path, lora), tmp_path / "merged.safetensors")
+    once = load_transformer(path, dtype=torch.float32, lora=lora).state_dict()
+    again = load_transformer(merged, dtype=torch.float32, lora=lora).state_dict()
+    assert all(again[name].equal(tensor) for name, tensor in once.items())
+    assert "already merged with lora.safetensors" in caplog.text
 
 
 @pytest.mark.parametrize(

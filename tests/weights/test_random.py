@@ -9,7 +9,8 @@ from wanrt.models.kv_cache import CachePolicy, KVCache, Pass
 from wanrt.models.text_encoder import TextEncoderConfig, UMT5Encoder
 from wanrt.models.transformer import TransformerConfig, WanTransformer
 from wanrt.models.vae import VaeConfig, WanVae
-from wanrt.weights.loading import build_on_meta
+from wanrt.weights.checkpoint import identify
+from wanrt.weights.loading import build_on_meta, fill
 from wanrt.weights.names import Kind
 from wanrt.weights.precision import stored_dtype
 from wanrt.weights.random import RandomSource, random_weights
@@ -38,6 +39,23 @@ def test_a_tensor_depends_on_its_name_alone(zoo):
         assert source.read(name).equal(whole[name])
     index = (slice(8, 16), slice(None))
     assert source.read("blocks.0.attn.q.weight", index).equal(whole["blocks.0.attn.q.weight"][index])
+
+
+def test_a_rank_draws_its_slice_of_the_same_weights(zoo):
+    whole = random_weights(meta(zoo, Kind.TEXT_ENCODER), 3, dtype=torch.float32).state_dict()
+    shapes = {name: tuple(t.shape) for name, t in whole.items()}
+
+    def second_half(_, shape):
+        return (slice(shape[0] // 2, shape[0]), *[slice(None)] * (len(shape) - 1))
+
+    rank = meta(zoo, Kind.TEXT_ENCODER)
+    for owner in rank.modules():
+        for name, p in list(owner.named_parameters(recurse=False)):
+            setattr(owner, name, torch.nn.Parameter(p[second_half("", p.shape)]))
+    checkpoint = identify(RandomSource(shapes, 3, dtype=torch.float32))
+    fill(rank, checkpoint, "cpu", torch.float32, slicer=second_half)
+    for name, tensor in rank.state_dict().items():
+        assert tensor.equal(whole[name][second_half("", whole[name].shape)])
 
 
 def test_dtypes_follow_the_model(zoo):

@@ -1,5 +1,6 @@
 """From a preset to its files: what is searched, in which order, and what an error says."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from wanrt.weights.registry import (
     file_names,
     find_parts,
     fits,
+    hub_cache,
     resolve,
     search_directories,
     weights_directory,
@@ -44,7 +46,7 @@ def krea(tmp_path):
 
 
 def nowhere(tmp_path):
-    return {VARIABLE: str(tmp_path / "nowhere")}
+    return {VARIABLE: str(tmp_path / "nowhere"), "HF_HOME": str(tmp_path / "no_cache")}
 
 
 def test_files_are_found_where_people_put_them(krea, tmp_path):
@@ -98,6 +100,33 @@ def test_the_lora_is_wanted_where_the_preset_has_one(krea, tmp_path):
     assert resolve(LONGLIVE, krea, nowhere(tmp_path)).lora == krea / "models/lora.pt"
 
 
+def test_a_merged_transformer_needs_no_lora(krea, tmp_path, caplog):
+    base, merged = krea / "longlive_base.pt", krea / "merged.safetensors"
+    for path in (base, merged, krea / "lora.pt"):
+        path.write_bytes(b"")
+    assert resolve(LONGLIVE, base, nowhere(tmp_path)).lora == krea / "lora.pt"
+    with caplog.at_level("WARNING", logger="wanrt.weights"):
+        files = resolve(LONGLIVE, merged, nowhere(tmp_path))
+    assert (files.transformer, files.lora) == (merged, None)
+    assert "without the LoRA that goes with longlive_base.pt" in caplog.text
+
+
+def test_the_hub_cache_is_used(krea, tmp_path):
+    (krea / BY_HAND["transformer"]).unlink()
+    environ = nowhere(tmp_path) | {"HF_HOME": str(tmp_path / "hf")}
+    for age, snapshot in ((10, "aaa"), (0, "bbb"), (20, "ccc")):
+        folder = tmp_path / "hf/hub/models--krea--krea-realtime-video/snapshots" / snapshot
+        folder.mkdir(parents=True)
+        path = folder / "krea-realtime-video-14b.safetensors"
+        path.write_bytes(b"")
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert resolve(KREA, krea, environ).transformer.parent.name == "bbb"
+    assert hub_cache({"HF_HUB_CACHE": "/x"}) == Path("/x")
+    assert hub_cache({"HF_HOME": "/x"}) == Path("/x/hub")
+    assert hub_cache({"XDG_CACHE_HOME": "/x"}) == Path("/x/huggingface/hub")
+    assert hub_cache({}) == Path.home() / ".cache/huggingface/hub"
+
+
 def test_a_directory_that_is_not_there(tmp_path):
     with pytest.raises(WeightsError, match="no such file or directory"):
         search_directories(tmp_path / "absent")
@@ -126,7 +155,9 @@ def test_a_transformer_is_never_guessed_by_content(tmp_path):
     """The public 1.3B is not causal but has the same tensors as its causal fine-tunes."""
     tensors = build_on_meta(lambda: WanTransformer(TINY.transformer_config())).state_dict()
     save_file({n: torch.zeros(t.shape) for n, t in tensors.items()}, tmp_path / "some.safetensors")
-    assert "transformer" not in find_parts(TINY.model_copy(update={"weights": KREA.weights}), (tmp_path,))
+    assert "transformer" not in find_parts(
+        TINY.model_copy(update={"weights": KREA.weights}), (tmp_path,), nowhere(tmp_path)
+    )
 
 
 def test_fits(zoo, tmp_path):

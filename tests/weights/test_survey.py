@@ -34,6 +34,7 @@ def save_zeros(module, path):
 def directory(tmp_path, monkeypatch):
     """A directory with wan-tiny's transformer and text encoder, and a stranger."""
     monkeypatch.setenv("WANRT_WEIGHTS", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "no_cache"))
     path = tmp_path / "weights"
     path.mkdir()
     save_zeros(lambda: WanTransformer(TINY.transformer_config()), path / "mystery.pt")

@@ -29,6 +29,8 @@ LORA_ENTRIES = ("generator_lora", "lora", "state_dict", "model")
 # ... and train it on the plain generator, not on the EMA (use_ema: false in the same configuration).
 BASE_ENTRIES = ("generator", "generator_ema", "model", "state_dict")
 
+MERGED = "wanrt_merged_lora"  # metadata key: name of the LoRA file that a safetensors file was merged with
+
 _PART = re.compile(r"\.(lora_A|lora_B|lora_down|lora_up|alpha)(?:\.default)?(?:\.weight)?$")
 _SAME_AS = {"lora_down": "lora_A", "lora_up": "lora_B"}
 
@@ -45,8 +47,14 @@ class _Adapter:
 def merge_lora(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
     """The checkpoint with a LoRA added to its weights, computed in fp32 when a tensor is read.
 
+    A checkpoint that `wanrt weights convert --lora` wrote says so in its metadata and is returned as it is.
+
     Raises WeightsError when the file is no LoRA or belongs to other layers or sizes.
     """
+    merged = checkpoint.source.metadata().get(MERGED)
+    if merged:
+        logger.warning("%s: already merged with %s; %s is not merged again", checkpoint.path, merged, path)
+        return checkpoint
     lora = open_source(path, LORA_ENTRIES)
     adapters = _read_adapters(lora, checkpoint)
     logger.info("%s: merging a LoRA for %d layers from %s", checkpoint.path, len(adapters), path)
@@ -110,6 +118,10 @@ class _MergedSource(TensorSource):
     def names(self) -> Sequence[str]:
         """See TensorSource."""
         return self._base.names()
+
+    def metadata(self) -> Mapping[str, str]:
+        """See TensorSource; says that a LoRA is merged in."""
+        return {**self._base.metadata(), MERGED: self._lora.path.name}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See TensorSource."""

@@ -31,12 +31,13 @@ def random_weights(
 ) -> Module:
     """Fill a module built on meta with seeded noise at scales that keep activations alive through 40 layers.
 
-    A tensor depends on (seed, its name, its shape, device type) alone: not on the order of the others, so a rank
-    that draws a slice gets the same numbers (`RandomSource`). Touches no disk. Returned in eval mode.
+    A tensor depends on (seed, its name, its shape, device type) alone: not on the order of the others. Ranks of a
+    sharded model get the very slices with `fill(module, identify(RandomSource(full shapes, ...)), slicer=...)`.
+    Touches no disk. Returned in eval mode.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     source = RandomSource(shapes, seed, device, dtype)
-    logger.warning("random weights (seed %d): the output shows nothing; for benchmarks only", seed)
+    logger.info("random weights, seed %d: for benchmarks only", seed)
     module.load_state_dict({name: source.read(name) for name in shapes}, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 

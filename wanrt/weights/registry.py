@@ -83,6 +83,14 @@ def weights_directory(weights: Path | None, environ: Mapping[str, str] = os.envi
     return Path(environ[VARIABLE]).expanduser() if environ.get(VARIABLE) else data_directory()
 
 
+def hub_cache(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where huggingface_hub keeps what other programs downloaded (its environment variables, in its order)."""
+    if environ.get("HF_HUB_CACHE"):
+        return Path(environ["HF_HUB_CACHE"]).expanduser()
+    home = environ.get("HF_HOME") or str(Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    return Path(home).expanduser() / "hub"
+
+
 def search_directories(weights: Path | None, environ: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
     """Directories that are searched, in order. Raises WeightsError when `weights` is given and not there.
 
@@ -100,20 +108,23 @@ def resolve(preset: Preset, weights: Path | None, environ: Mapping[str, str] = o
     """The files of a preset, without reading tensors.
 
     `weights` is a directory that is searched first, or a checkpoint to use as the transformer; then come
-    WANRT_WEIGHTS or the user's data directory, and for an embedded model the wheel.
+    WANRT_WEIGHTS or the user's data directory, Hugging Face's own cache, and for an embedded model the wheel.
 
     Raises WeightsError that names what is missing, where it was looked for, and the command that fetches it.
     """
     directories = search_directories(weights, environ)
-    found = find_parts(preset, directories)
+    found = find_parts(preset, directories, environ)
+    wanted = wanted_parts(preset)
     if weights is not None and weights.is_file():
         found["transformer"] = weights
-    missing = [part for part in wanted_parts(preset) if part not in found]
+        wanted = _parts_beside(preset, weights)
+    missing = [part for part in wanted if part not in found]
     if missing:
         raise WeightsError(_missing(preset, missing, directories))
-    for part, path in found.items():
+    files = {part: found[part] for part in wanted}
+    for part, path in files.items():
         logger.info("%s: %s is %s", preset.name, part, path)
-    return ModelFiles(**found)
+    return ModelFiles(**files)
 
 
 def wanted_parts(preset: Preset) -> tuple[str, ...]:
@@ -121,9 +132,11 @@ def wanted_parts(preset: Preset) -> tuple[str, ...]:
     return tuple(part for part in PARTS if part != "lora" or preset.weights.lora)
 
 
-def find_parts(preset: Preset, directories: tuple[Path, ...]) -> dict[str, Path]:
+def find_parts(
+    preset: Preset, directories: tuple[Path, ...], environ: Mapping[str, str] = os.environ
+) -> dict[str, Path]:
     """Part -> file, for the parts that are there."""
-    found = {part: _find(preset, part, directories) for part in wanted_parts(preset)}
+    found = {part: _find(preset, part, directories, environ) for part in wanted_parts(preset)}
     return {part: path for part, path in found.items() if path is not None}
 
 
@@ -169,14 +182,37 @@ def fits(preset: Preset, part: str, checkpoint: Checkpoint) -> bool:
     return part == "vae" and preset.vae.kind == "taehv" and checkpoint.kind == "tiny vae"
 
 
-def _find(preset: Preset, part: str, directories: tuple[Path, ...]) -> Path | None:
+def _parts_beside(preset: Preset, transformer: Path) -> tuple[str, ...]:
+    """Parts that go with a transformer named by the user. A LoRA belongs to its base, which is known by its name."""
+    wanted = wanted_parts(preset)
+    bases = {Path(name).name for name in file_names(preset, "transformer")}
+    if "lora" not in wanted or transformer.name in bases:
+        return wanted
+    logger.warning("%s: taken as complete, without the LoRA that goes with %s", transformer, min(bases))
+    return tuple(part for part in wanted if part != "lora")
+
+
+def _find(
+    preset: Preset, part: str, directories: tuple[Path, ...], environ: Mapping[str, str]
+) -> Path | None:
     for directory in directories:
         for name in file_names(preset, part):
             if (directory / name).is_file():
                 return directory / name
+    if cached := _find_cached(hub_file(preset, part), environ):
+        return cached
     if part in KNOWN_BY_CONTENT and not preset.weights.embedded:
         return _find_by_content(preset, part, directories)
     return _asset(part) if preset.weights.embedded else None
+
+
+def _find_cached(source: HubFile | None, environ: Mapping[str, str]) -> Path | None:
+    """A file in Hugging Face's cache; of several snapshots the newest."""
+    if source is None:
+        return None
+    snapshots = hub_cache(environ) / f"models--{source.repository.replace('/', '--')}" / "snapshots"
+    found = [folder / source.path for folder in snapshots.glob("*") if (folder / source.path).is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _find_by_content(preset: Preset, part: str, directories: tuple[Path, ...]) -> Path | None:
@@ -205,7 +241,12 @@ def _folders(directory: Path, depth: int) -> Iterator[tuple[Path, int]]:
     yield directory, depth
     if depth >= MAX_DEPTH or not directory.is_dir():
         return
-    for entry in sorted(directory.iterdir()):
+    try:
+        entries = sorted(directory.iterdir())
+    except OSError as error:
+        logger.info("passed over: %s (%s)", directory, error.strerror)
+        return
+    for entry in entries:
         if entry.is_dir() and not entry.name.startswith("."):
             yield from _folders(entry, depth + 1)
 
