@@ -18,6 +18,7 @@ from wanrt.weights.loading import (
     fill,
     is_finite,
     load_text_encoder,
+    load_tokenizer,
     load_transformer,
     load_vae,
 )
@@ -303,6 +304,20 @@ def test_loaded_weights_can_be_changed_without_touching_the_file(zoo, tmp_path):
     with torch.no_grad():
         model.norm.weight.mul_(2)
     assert path.read_bytes() == before
+
+
+def test_tokenizer_of_another_encoder_is_refused(tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    path = tmp_path / "tokenizer.json"
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(97)}
+    Tokenizer(WordLevel(words, unk_token="<unk>")).save(str(path))
+    for vocab in (100, 128, 399):
+        assert load_tokenizer(path, 16, vocab).text_len == 16
+    for vocab in (50, 99, 400, 256_384):
+        with pytest.raises(WeightsError, match=f"of 100 tokens; the text encoder has {vocab} embeddings"):
+            load_tokenizer(path, 16, vocab)
 
 
 def test_the_public_layouts_are_recognised():

@@ -65,10 +65,9 @@ def load_models(
 def _text_encoder(
     preset: Preset, files: ModelFiles, device: torch.device, precision: Precision
 ) -> Callable[[str], torch.Tensor]:
-    from wanrt.models.tokenizer import PromptTokenizer
-    from wanrt.weights.loading import load_text_encoder
+    from wanrt.weights.loading import load_text_encoder, load_tokenizer
 
-    tokenizer = PromptTokenizer.from_file(files.tokenizer, text_len=preset.transformer.text_len)
+    tokenizer = load_tokenizer(files.tokenizer, preset.transformer.text_len, preset.text.vocab)
     encoder = load_text_encoder(files.text_encoder, preset.text_config(), device, precision.text)
     return partial(_encode, encoder, tokenizer)
 

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from wanrt.errors import WeightsError
 from wanrt.models.text_encoder import TextEncoderConfig, UMT5Encoder
+from wanrt.models.tokenizer import PromptTokenizer
 from wanrt.models.transformer import TransformerConfig, WanTransformer
 from wanrt.models.vae import VaeConfig, WanVae
 from wanrt.weights.checkpoint import Checkpoint, open_checkpoint, with_statistics
@@ -34,6 +35,7 @@ Shape = tuple[int, ...]
 Slicer = Callable[[str, Shape], Index | None]
 
 LISTED = 10  # findings that an error spells out
+USED_EMBEDDINGS = 4  # embeddings per token of the tokenizer, above which the two do not belong together
 
 
 def load_transformer(
@@ -101,6 +103,25 @@ def load_text_encoder(
     checkpoint = expect_kind(open_checkpoint(path), Kind.TEXT_ENCODER)
     config = config or _sizes(checkpoint, TextEncoderConfig)
     return fill(build_on_meta(lambda: UMT5Encoder(config)), checkpoint, device, dtype)
+
+
+def load_tokenizer(path: str | Path, text_len: int, vocab: int) -> PromptTokenizer:
+    """Load the tokenizer of a text encoder with `vocab` embeddings.
+
+    Raises WeightsError for a file that is no tokenizer, or that of another encoder: ids beyond the embeddings, or so
+    few that most embeddings would go unused (encoders round their vocabulary up, UMT5 by 84 of 256,384).
+    """
+    tokenizer = PromptTokenizer.from_file(path, text_len)
+    if belong_together(tokenizer.vocab_size, vocab):
+        return tokenizer
+    raise WeightsError(
+        f"{path}: a tokenizer of {tokenizer.vocab_size} tokens; the text encoder has {vocab} embeddings: not its own"
+    )
+
+
+def belong_together(tokens: int, embeddings: int) -> bool:
+    """Whether a tokenizer of so many tokens can be the one that an encoder with so many embeddings learned with."""
+    return tokens <= embeddings < USED_EMBEDDINGS * tokens
 
 
 def build_on_meta(build: Callable[[], Module]) -> Module:

@@ -137,12 +137,16 @@ def _look(path: Path, root: Path, deep: bool) -> Held:
 
 def _look_at_tokenizer(path: Path, name: str) -> Held:
     from wanrt.models.tokenizer import PromptTokenizer
+    from wanrt.weights.loading import belong_together
 
     try:
         size = PromptTokenizer.from_file(path).vocab_size
     except WeightsError as error:
         return Held(name, "", error=str(error).removeprefix(f"{path}: "))
-    return Held(name, f"tokenizer, {size} tokens")
+    fitting = [
+        f"{preset.name} (tokenizer)" for preset in presets() if belong_together(size, preset.text.vocab)
+    ]
+    return Held(name, f"tokenizer, {size} tokens", tuple(fitting))
 
 
 def _fitting(path: Path, checkpoint: Checkpoint) -> Iterator[str]:
