@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from wanrt.models.attention import AttentionBackend
-from wanrt.models.transformer import CachePolicy, Elementwise, Pass
+from wanrt.models.memory import Elementwise
+from wanrt.models.transformer import CachePolicy, Pass
 from wanrt_kernels.adaln import add_norm_ref
 from wanrt_kernels.rope_norm import rope_norm_ref
 

@@ -14,19 +14,17 @@ diffusers' WanTransformer3DModel does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanrt.models.attention import AttentionBackend, KeyBias, attend
-from wanrt.models.kv_cache import CacheLayer, CachePolicy, CallOrderError, KVCache, Pass, PassPlan
+from wanrt.models.kv_cache import CachePolicy, CallOrderError, KVCache, Pass, PassPlan
+from wanrt.models.memory import LOCAL, CachedMemory, Elementwise, Memory, QKNorm, SequenceMemory, turn
 from wanrt.models.rope import RopeTable
-from wanrt_kernels.adaln import add_norm
-from wanrt_kernels.rope_norm import rope_norm
 
 __all__ = [
     "WAN_1_3B",
@@ -102,22 +100,6 @@ class TextKV:
 
 
 @dataclass(frozen=True)
-class Elementwise:
-    """What runs between matrix products. Replace one to shard or to measure; see the kernels for the contracts.
-
-    Attributes:
-        add_norm: finish a residual and normalise, as `wanrt_kernels.adaln.add_norm`.
-        rope_norm: RMSNorm over all heads and rotary positions, as `wanrt_kernels.rope_norm.rope_norm`.
-    """
-
-    add_norm: Callable[..., tuple[Tensor, Tensor]]
-    rope_norm: Callable[..., Tensor]
-
-
-LOCAL = Elementwise(add_norm, rope_norm)  # whole tokens on this device
-
-
-@dataclass(frozen=True)
 class Residual:
     """Tokens `[B, T, C]` and the last product's output, not yet added: x + update * gate.
 
@@ -130,123 +112,6 @@ class Residual:
     x: Tensor
     update: Tensor | None = None
     gate: Tensor | None = None
-
-
-class Memory(Protocol):
-    """What a layer's self-attention attends to: the cache at inference, the sequence itself in training."""
-
-    @property
-    def ops(self) -> Elementwise:
-        """What runs between matrix products."""
-        ...
-
-    @property
-    def backend(self) -> AttentionBackend:
-        """What computes attention."""
-        ...
-
-    def attend(self, norms: QKNorm, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention output `[B, T, H, D]` of raw projections `[B, T, C]`."""
-        ...
-
-    def remember(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
-        """Keep keys and values when nothing further of this layer is needed."""
-        ...
-
-
-@dataclass(frozen=True)
-class QKNorm:
-    """The norms of a layer's queries and keys: weights `[C]` (None: no norm) and how to split heads."""
-
-    query: Tensor | None
-    key: Tensor | None
-    head_dim: int
-    eps: float
-
-
-@dataclass(frozen=True)
-class CachedMemory:
-    """One layer's share of a pass over a `KVCache`."""
-
-    cache: KVCache
-    layer: CacheLayer
-    plan: PassPlan
-    rope: RopeTable
-    bias: KeyBias | None
-    backend: AttentionBackend
-    ops: Elementwise
-
-    def attend(self, norms: QKNorm, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write the pass's keys and values, attend to all that the plan names, then commit if asked to."""
-        self._write(norms, k, v)
-        lo, hi = self.cache.span(self.plan)
-        q = _turn(self.ops, q, norms.query, norms, self.rope)
-        out = attend(q, self.layer.key[:, lo:hi], self.layer.value[:, lo:hi], self.bias, backend=self.backend)
-        self._commit(norms, k, v)
-        return out
-
-    def remember(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
-        """Write, and commit if asked to, without attending."""
-        self._write(norms, k, v)
-        self._commit(norms, k, v)
-
-    def _write(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
-        values = v.unflatten(-1, (-1, norms.head_dim))
-        for tokens, slots in self.cache.slots(self.plan):
-            rope = RopeTable(self.rope.cos[tokens], self.rope.sin[tokens], self.rope.tokens_per_frame)
-            _turn(self.ops, k[:, tokens], norms.key, norms, rope, out=self.layer.key[:, slots])
-            self.layer.value[:, slots].copy_(values[:, tokens])
-
-    def _commit(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
-        if self.plan.pass_ is Pass.COMMIT:
-            raw = _turn(self.ops, k, norms.key, norms, None)
-            self.cache.commit(self.layer, self.plan, raw, v.unflatten(-1, (-1, norms.head_dim)))
-
-
-@dataclass(frozen=True)
-class SequenceMemory:
-    """Context and chunk in one differentiable sequence: context attends to context, the chunk to all."""
-
-    context_tokens: int
-    rope: RopeTable
-    bias: Tensor | None
-    ops: Elementwise
-    backend: AttentionBackend
-
-    def attend(self, norms: QKNorm, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Two attention calls, one a block of queries."""
-        n = self.context_tokens
-        q = _turn(self.ops, q, norms.query, norms, self.rope)
-        k = _turn(self.ops, k, norms.key, norms, self.rope)
-        v = v.unflatten(-1, (-1, norms.head_dim))
-        if n == 0:
-            return attend(q, k, v, backend=self.backend)
-        context = attend(q[:, :n], k[:, :n], v[:, :n], backend=self.backend)
-        return torch.cat((context, self._attend_chunk(q[:, n:], k, v)), dim=1)
-
-    def _attend_chunk(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.bias is None:
-            return attend(q, k, v, backend=self.backend)
-        n, frame = self.context_tokens, self.rope.tokens_per_frame
-        # the biased keys in front, as in the cache
-        k, v = (torch.cat((x[:, frame:n], x[:, :frame], x[:, n:]), dim=1) for x in (k, v))
-        return attend(q, k, v, KeyBias(self.bias, n - frame), backend=self.backend)
-
-    def remember(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
-        """Nothing to keep: the sequence is its own memory."""
-
-
-def _turn(
-    ops: Elementwise,
-    x: Tensor,
-    weight: Tensor | None,
-    norms: QKNorm,
-    rope: RopeTable | None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Norm and rotary positions of a projection `[B, T, C]`, as heads `[B, T, H, D]`."""
-    cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
-    return ops.rope_norm(x, weight, cos, sin, head_dim=norms.head_dim, eps=norms.eps, out=out)
 
 
 class RMSNorm(nn.Module):
@@ -295,13 +160,13 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, key: Tensor, value: Tensor, memory: Memory) -> Tensor:
         """`[B, T, C]` and the prompt's `[B, text_len, H, D]` to `[B, T, C]`."""
         norms = self.norms()
-        q = _turn(memory.ops, self.q(x), norms.query, norms, None)
+        q = turn(memory.ops, self.q(x), norms.query, norms, None)
         return self.o(attend(q, key, value, backend=memory.backend).flatten(-2))
 
     def embed(self, text: Tensor, ops: Elementwise) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, text_len, H, D]` of text features `[B, text_len, C]`; differentiable."""
         norms = self.norms()
-        key = _turn(ops, self.k(text), norms.key, norms, None)
+        key = turn(ops, self.k(text), norms.key, norms, None)
         return key, self.v(text).unflatten(-1, (-1, self.head_dim))
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from wanrt.models.transformer import Elementwise
+from wanrt.models.memory import Elementwise
 from wanrt.parallel.collectives import sum_over
 from wanrt_kernels.rope_norm import rope_norm
 

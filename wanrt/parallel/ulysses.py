@@ -18,16 +18,9 @@ from torch.distributed import ProcessGroup
 
 from wanrt.models.attention import AttentionBackend, attend
 from wanrt.models.kv_cache import KVCache, Pass, PassPlan
+from wanrt.models.memory import CachedMemory, Elementwise, Memory, QKNorm
 from wanrt.models.rope import RopeTable
-from wanrt.models.transformer import (
-    CachedMemory,
-    Elementwise,
-    Memory,
-    QKNorm,
-    SelfAttention,
-    TextKV,
-    WanTransformer,
-)
+from wanrt.models.transformer import SelfAttention, TextKV, WanTransformer
 from wanrt.parallel.collectives import gather, heads_to_tokens, tokens_to_heads
 
 
