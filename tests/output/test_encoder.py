@@ -33,8 +33,8 @@ def test_hardware_needs_a_trial_encode_that_works(caplog):
         taken = choose_encoder("h264", SPEC, Quality(), trial=lambda _: None)
     assert (refused.kind.name, taken.kind.name) == ("libx264", "h264_nvenc")
     assert caplog.messages[0] == "h264_nvenc: not used, trial encode failed: no such device"
-    assert "with libx264 at crf 18 (in PyAV's FFmpeg)" in caplog.messages[1]
-    assert "with h264_nvenc at crf 18 (a trial encode worked)" in caplog.messages[2]
+    assert "h264 at crf 18 with libx264 (in PyAV's FFmpeg)" in caplog.messages[1]
+    assert "h264 at crf 18 with h264_nvenc (a trial encode worked)" in caplog.messages[2]
 
 
 def test_trial_encode_tells_working_from_broken():

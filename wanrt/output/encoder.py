@@ -63,7 +63,8 @@ def _nvenc(crf: float) -> dict[str, str]:
 
 
 def _x264(crf: float) -> dict[str, str]:
-    # without look-ahead slower presets buy nothing: "medium" takes 4 times as long as "veryfast" for the same bytes
+    # without look-ahead slower presets buy nothing: "medium" takes 4 times as long as "veryfast" for the
+    # same bytes
     return {"preset": "veryfast", "tune": "zerolatency", "crf": f"{crf:g}"}
 
 
@@ -79,6 +80,23 @@ def _vp9(crf: float) -> dict[str, str]:
     fast = {"deadline": "realtime", "cpu-used": "5", "row-mt": "1", "lag-in-frames": "0"}
     return {"crf": f"{round(crf)}", "b": "0", **fast}
 
+
+def _nvenc_live(bits: int) -> dict[str, str]:
+    rate = {"rc": "cbr", "b": str(bits), "maxrate": str(bits), "bufsize": str(bits)}
+    latency = {"tune": "ll", "bf": "0", "delay": "0", "zerolatency": "1"}
+    return {"preset": "p5", "profile": "high", "forced-idr": "1", "no-scenecut": "1"} | rate | latency
+
+
+def _x264_live(bits: int) -> dict[str, str]:
+    # a VBV of one second, filled up to the full rate (nal-hrd), keyframes at their distance and on demand
+    # only
+    rate = {"b": str(bits), "minrate": str(bits), "maxrate": str(bits), "bufsize": str(bits)}
+    params = "nal-hrd=cbr:scenecut=0:open-gop=0"
+    return {"preset": "veryfast", "tune": "zerolatency", "profile": "high", "x264-params": params} | rate
+
+
+LIVE_OPTIONS: dict[str, Callable[[int], dict[str, str]]] = {"h264_nvenc": _nvenc_live, "libx264": _x264_live}
+LIVE_KEYFRAME_SECONDS = 2  # what services ask for
 
 # codec -> encoders, the preferred first
 ENCODERS: dict[str, tuple[EncoderKind, ...]] = {
@@ -230,15 +248,36 @@ def choose_encoder(
         None when PyAV's FFmpeg has no encoder for the codec.
     """
     crf = quality.crf(codec)
-    for kind in ENCODERS[codec] if kinds is None else kinds:
-        settings = EncoderSettings(kind, spec, kind.options(crf))
-        if kind.name not in av.codecs_available:
-            log.info("%s: not in PyAV's FFmpeg", kind.name)
-        elif kind.hardware and (reason := (trial or trial_encode)(settings)):
-            log.info("%s: not used, trial encode failed: %s", kind.name, reason)
+    wanted = [EncoderSettings(kind, spec, kind.options(crf)) for kind in kinds or ENCODERS[codec]]
+    return first_working(wanted, f"{codec} at crf {crf:g}", trial or trial_encode)
+
+
+def choose_live_encoder(
+    spec: VideoSpec, bits: int, trial: Callable[[EncoderSettings], str | None] | None = None
+) -> EncoderSettings | None:
+    """The H.264 encoder for a live stream: constant bit rate `bits` per second, a closed GOP of 2 s; as
+    above."""
+    wanted = [
+        EncoderSettings(kind, spec, LIVE_OPTIONS[kind.name](bits), keyframe_seconds=LIVE_KEYFRAME_SECONDS)
+        for kind in ENCODERS["h264"]
+    ]
+    return first_working(wanted, f"live h264 at {bits // 1000} kbit/s", trial or trial_encode)
+
+
+def first_working(
+    wanted: Sequence[EncoderSettings], what: str, trial: Callable[[EncoderSettings], str | None]
+) -> EncoderSettings | None:
+    """The first settings whose encoder is here and, for hardware, passes the trial; logs the choice and
+    why."""
+    for settings in wanted:
+        name = settings.kind.name
+        if name not in av.codecs_available:
+            log.info("%s: not in PyAV's FFmpeg", name)
+        elif settings.kind.hardware and (reason := trial(settings)):
+            log.info("%s: not used, trial encode failed: %s", name, reason)
         else:
-            why = "a trial encode worked" if kind.hardware else "in PyAV's FFmpeg"
-            log.info("encoding %s with %s at crf %g (%s)", codec, kind.name, crf, why)
+            why = "a trial encode worked" if settings.kind.hardware else "in PyAV's FFmpeg"
+            log.info("encoding %s with %s (%s)", what, name, why)
             return settings
     return None
 
