@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
+import time
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -90,3 +92,28 @@ def psnr():
 @pytest.fixture
 def rng():
     return np.random.default_rng(7)
+
+
+@pytest.fixture
+def free_port():
+    """A TCP port of loopback that nobody uses at present."""
+
+    def found() -> int:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            return taken.getsockname()[1]
+
+    return found
+
+
+@pytest.fixture
+def eventually():
+    """Wait until a condition holds."""
+
+    def wait(condition, seconds: float = 10) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "did not happen in time"
+            time.sleep(0.01)
+
+    return wait

@@ -55,7 +55,7 @@ def decode(data: bytes) -> list[Value]:
         while at < len(data):
             value, at = _decode(data, at)
             values.append(value)
-    except (struct.error, IndexError, UnicodeDecodeError) as error:
+    except (struct.error, IndexError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"AMF0: broken message of {len(data)} bytes ({error})") from error
     return values
 

@@ -20,6 +20,7 @@ from .rtmp import RefusedError
 log = logging.getLogger("wanrt.output")
 
 BACKOFF = (1.0, 30.0)  # seconds, shortest and longest wait before the next attempt
+IDLE_SECONDS = 0.5  # between looks at a connection that has nothing to send
 CLOSE_SECONDS = 5.0  # for what is queued when the stream ends
 
 
@@ -43,6 +44,9 @@ class Connection(Protocol):
 
     def deliver(self, packet: LivePacket) -> None:
         """Send a frame; raises OutputError when it cannot."""
+
+    def idle(self) -> None:
+        """Nothing to send for a while: answer the server, notice that it has gone; raises OutputError then."""
 
     def close(self) -> None:
         """End the stream and close."""
@@ -209,20 +213,31 @@ class Delivery:
         log.info(
             "%s: live%s", self.address, f" again (connection {self._connections})" * (self._connections > 1)
         )
+        before = self._sent
         try:
-            while (packet := self._next()) is not None:
-                connection.deliver(packet)
-                self._sent += 1
-            connection.close()
-        except BaseException:
+            self._deliver(connection)
+        except BaseException as error:
             connection.shut()
+            if isinstance(error, OutputError) and self._sent == before:  # how many servers treat a wrong key
+                raise type(error)(
+                    f"{error}; it took nothing: check host, application and stream key"
+                ) from error
             raise
         finally:
             self._connection = None
 
+    def _deliver(self, connection: Connection) -> None:
+        while not (self._closing and not self._packets):
+            if packet := self._next():
+                connection.deliver(packet)
+                self._sent += 1
+            else:
+                connection.idle()
+        connection.close()
+
     def _next(self) -> LivePacket | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._packets or self._closing)
+            self._changed.wait_for(lambda: self._packets or self._closing, IDLE_SECONDS)
             return self._packets.popleft() if self._packets else None
 
     def _lost(self, error: OutputError, gone_since: float) -> float:

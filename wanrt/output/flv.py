@@ -45,9 +45,9 @@ class Tag:
 def nal_units(data: bytes) -> Iterator[bytes]:
     """NAL units of an Annex B byte stream."""
     starts = [match.end() for match in START_CODE.finditer(data)]
-    for start, stop in zip(starts, [*starts[1:], len(data) + 3], strict=True):
-        unit = data[start : stop - 3]
-        yield unit.rstrip(b"\x00") if stop <= len(data) else unit
+    stops = [start - len(b"\0\0\1") for start in starts[1:]] + [len(data)]
+    for start, stop in zip(starts, stops, strict=False):
+        yield data[start:stop].rstrip(b"\0")  # zeros before a start code; a unit itself never ends in one
 
 
 def nal_type(unit: bytes) -> int:

@@ -76,6 +76,9 @@ class HlsFolder:
             self._end_segment()
         self._write_playlist(ended=True)
 
+    def idle(self) -> None:
+        """Nothing to do."""
+
     def shut(self) -> None:
         """Nothing is open between calls."""
 

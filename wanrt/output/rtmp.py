@@ -74,9 +74,12 @@ class RtmpConnection:
         try:
             self._handshake()
             self._stream = self._publish()
-        except BaseException:
+        except RefusedError:
             self.shut()
             raise
+        except OutputError as error:  # many servers refuse by hanging up
+            self.shut()
+            raise OutputError(f"{error}; check host, application and stream key") from None
 
     # sending
 
@@ -86,7 +89,7 @@ class RtmpConnection:
         Raises:
             OutputError: the connection is gone, or nothing was accepted for `stall_seconds`.
         """
-        self._listen()
+        self.listen()
         body = amf.encode("@setDataFrame") + tag.body if tag.kind == SCRIPT else tag.body
         self._send_message(MEDIA_CHUNKS, tag.kind, body, tag.milliseconds, self._stream)
 
@@ -210,8 +213,8 @@ class RtmpConnection:
 
     # receiving
 
-    def _listen(self) -> None:
-        """Handle what has arrived, without waiting."""
+    def listen(self) -> None:
+        """Handle what has arrived, without waiting. Raises OutputError when the server has gone or refuses."""
         while self._buffer or select.select([self._socket], [], [], 0)[0]:
             self._deadline = time.monotonic() + self._stall
             kind, data = self._read_message()

@@ -84,8 +84,12 @@ class RtmpDelivery:
     def __init__(self, address: Address, track: LiveTrack) -> None:
         self._connection = RtmpConnection(address, stall_seconds=STALL_SECONDS)
         self._track, self._audio, self._first = track, SilentTrack(track.spec), -1
-        for tag in header_tags(track):
-            self._connection.send(tag)
+        try:
+            for tag in header_tags(track):
+                self._connection.send(tag)
+        except OutputError as error:  # how many servers refuse: they begin, then hang up
+            self._connection.shut()
+            raise OutputError(f"{error}; check host, application and stream key") from None
 
     def deliver(self, packet: LivePacket) -> None:
         """The silence up to the frame, then the frame."""
@@ -97,6 +101,10 @@ class RtmpDelivery:
         tags = [self._track.audio.tag(index) for index in self._audio.until(number)]
         for tag in sorted([flv.Tag(flv.VIDEO, stamp, body), *tags], key=lambda tag: tag.milliseconds):
             self._connection.send(tag)
+
+    def idle(self) -> None:
+        """Answer pings."""
+        self._connection.listen()
 
     def close(self) -> None:
         """End the stream."""
@@ -154,17 +162,10 @@ class SrtProcess(Writer):
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        command = [
-            str(bundled_ffmpeg()),
-            "-hide_banner",
-            "-loglevel",
-            "error",
-            "-f",
-            "mpegts",
-            "-i",
-            "pipe:0",
-        ]
-        command += ["-c", "copy", "-f", "mpegts", address.url]
+        # as raw data: read as MPEG-TS, ffmpeg would look at seconds of it before it sends anything
+        command = [str(bundled_ffmpeg()), "-hide_banner", "-loglevel", "error"]
+        command += ["-f", "data", "-raw_packet_size", str(DATAGRAM), "-i", "pipe:0"]
+        command += ["-map", "0", "-c", "copy", "-flush_packets", "1", "-f", "data", address.url]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -235,6 +236,9 @@ class TransportStream:
         picture = self._packet(packet.data, number, self._track.spec.time_base)
         picture.is_keyframe, picture.stream = packet.keyframe, self._video
         self._container.mux(picture)
+
+    def idle(self) -> None:
+        """Nothing is said in this direction."""
 
     def _packet(self, data: bytes, number: int, time_base: Fraction) -> av.Packet:
         packet = av.Packet(data)

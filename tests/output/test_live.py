@@ -1,0 +1,279 @@
+"""Live streams to real receivers: the bundled ffmpeg as server, and servers that misbehave."""
+
+import logging
+import re
+import socket
+import subprocess
+import threading
+import time
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+from wanrt.errors import OutputError, UsageError
+from wanrt.output import QueuedSink, VideoSpec, open_sink
+from wanrt.output.address import Address
+from wanrt.output.delivery import DeliveryPhase
+from wanrt.output.live import LiveSink, default_bits
+from wanrt.output.pacing import Pace
+from wanrt.output.rtmp import RefusedError, RtmpConnection
+from wanrt.output.tee import TeeSink
+
+SPEC = VideoSpec(96, 64, 48)  # fast, so that two seconds of GOP pass soon
+
+
+@pytest.fixture
+def receiver(tmp_path):
+    """Start the bundled ffmpeg with arguments; its output goes to a log file beside what it writes."""
+    started = []
+
+    def start(*arguments):
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-y", *map(str, arguments)]
+        with (tmp_path / "receiver.log").open("wb") as talk:
+            process = subprocess.Popen(command, stdout=talk, stderr=talk)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def phases(sink):
+    return [target.phase for target in sink.state.targets]
+
+
+def test_rtmp_to_ffmpeg(tmp_path, receiver, free_port, decode, movie, psnr, eventually):
+    url = f"rtmp://127.0.0.1:{free_port()}/live/s3cret"
+    process = receiver("-listen", 1, "-i", url, "-c", "copy", "-f", "flv", tmp_path / "a.flv")
+    frames = movie(120)
+    time.sleep(0.3)  # for it to listen; else the first attempt fails and the next comes a second later
+    sink = LiveSink([url], SPEC, threads=1)
+    eventually(lambda: phases(sink) == [DeliveryPhase.LIVE])
+    began = time.monotonic()
+    for at in range(0, 120, 12):
+        sink.write(frames[at : at + 12])
+    sink.finish()
+    assert time.monotonic() - began >= 118 / 48, "paced: not faster than real time"
+    process.wait(10)
+    got = decode(tmp_path / "a.flv")
+    assert len(got.frames) == 120
+    assert psnr(got.frames, frames) >= 35
+    assert [start * 1000 for start in got.starts] == [round(1000 * number / 48) for number in range(120)]
+    assert re.search(r"Video: h264 \((Main|High)\), yuv420p\(tv, bt709", got.words)
+    assert "Audio: aac (LC), 48000 Hz, stereo" in got.words
+    state = sink.state
+    assert (state.ticks, state.repeated, state.targets[0].sent) == (120, 0, 120)
+    assert state.blocked > 0
+
+
+@pytest.mark.parametrize("scheme", ["udp", "srt"])
+def test_transport_streams(tmp_path, receiver, free_port, decode, movie, eventually, scheme):
+    url = f"{scheme}://127.0.0.1:{free_port()}"
+    listen = "?timeout=1000000" if scheme == "udp" else "?mode=listener"
+    process = receiver("-i", url + listen, "-c", "copy", "-f", "mpegts", tmp_path / "a.ts")
+    time.sleep(0.4)
+    sink = LiveSink([url], SPEC, threads=1)
+    eventually(lambda: phases(sink) == [DeliveryPhase.LIVE])
+    sink.write(movie(96))
+    sink.finish()
+    process.wait(10)
+    got = decode(tmp_path / "a.ts")
+    assert len(got.frames) >= 88, "the last may be under way when the receiver ends"
+    assert set(np.diff(got.starts)) <= {1875 * (got.starts[1] - got.starts[0]) / 1875}, "90 kHz / 48 is whole"
+    assert "Audio: aac (LC)" in got.words
+
+
+def test_hls_folder(tmp_path, decode, movie, psnr):
+    sink = LiveSink([f"{tmp_path}/new/live.m3u8"], SPEC, threads=1)
+    frames = movie(120)
+    sink.write(frames[:60])
+    sink.write(frames[60:])
+    sink.finish()
+    playlist = (tmp_path / "new" / "live.m3u8").read_text()
+    assert playlist.endswith("#EXT-X-ENDLIST\n")
+    assert re.findall(r"#EXTINF:([\d.]+)", playlist) == ["2.000000", "0.500000"]
+    got = decode(tmp_path / "new" / "live.m3u8")
+    assert len(got.frames) == 120
+    assert psnr(got.frames, frames) >= 35
+
+
+def test_several_targets_and_a_recording(tmp_path, decode, movie, caplog, free_port):
+    """A target that is never there costs the others and the recording nothing."""
+    spec = VideoSpec(96, 64, 48)
+    live = LiveSink([f"rtmp://127.0.0.1:{free_port()}/live/s3cret", f"{tmp_path}/live.m3u8"], spec, threads=1)
+    recording = QueuedSink(open_sink(tmp_path / "a.mp4", spec, threads=1))
+    tee = TeeSink([recording, live])
+    with caplog.at_level(logging.DEBUG):
+        for at in range(0, 72, 12):
+            tee.write(movie(72)[at : at + 12])
+            tee.flush_chunk()
+        assert tee.finish() == tmp_path / "a.mp4"
+    assert len(decode(tmp_path / "a.mp4").frames) == 72
+    assert len(decode(tmp_path / "live.m3u8").frames) == 72
+    absent = live.state.targets[0]
+    assert (absent.sent, absent.dropped, absent.connections) == (0, 72, 0)
+    assert "rtmp://127.0.0.1: Connection refused; next attempt in 1 s" in caplog.text
+    assert "s3cret" not in caplog.text + repr(live.state)
+
+
+def test_slow_generation_repeats_and_says_so(tmp_path, decode, movie):
+    sink = LiveSink([f"{tmp_path}/live.m3u8"], SPEC, pace=Pace.REPEAT, threads=1)
+    for _ in range(4):
+        sink.write(movie(6))
+        time.sleep(0.25)
+    sink.finish()
+    state = sink.state
+    assert state.ticks - state.repeated == 24
+    assert state.repeated >= 12
+    assert len(decode(tmp_path / "live.m3u8").frames) == state.ticks
+
+
+def server(handle):
+    """A TCP server on loopback that gives its connections to `handle`; returns its port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=handle, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "match"),
+    [
+        (
+            b"HTTP/1.1 400 Bad Request\r\n\r\n" * 200,
+            r"answered with version 72, expected 3; is it an RTMP server",
+        ),
+        (b"", "closed the connection"),
+        (
+            b"\x03" + bytes(3072) + b"\xff" * 4000,
+            "is it an RTMP server|closed the connection|does not answer",
+        ),
+        (None, "does not answer as an RTMP server does"),
+    ],
+)
+def test_what_is_no_rtmp_server(answer, match):
+    def handle(connection):
+        connection.recv(1)
+        if answer is None:
+            time.sleep(2)
+        else:
+            connection.sendall(answer)
+            connection.shutdown(socket.SHUT_WR)
+            time.sleep(1)
+
+    address = Address.parse(f"rtmp://127.0.0.1:{server(handle)}/live/s3cret")
+    with pytest.raises(OutputError, match=match) as caught:
+        RtmpConnection(address, connect_seconds=0.5)
+    assert str(caught.value).startswith("rtmp://127.0.0.1: ")
+    assert "s3cret" not in str(caught.value)
+
+
+def test_rtmps_needs_a_certificate_that_holds():
+    def handle(connection):
+        connection.recv(1)
+        connection.sendall(b"not TLS at all")
+        connection.close()
+
+    address = Address.parse(f"rtmps://127.0.0.1:{server(handle)}/live/s3cret")
+    with pytest.raises(OutputError, match=r"^rtmps://127\.0\.0\.1: ") as caught:
+        RtmpConnection(address, connect_seconds=2)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_server_that_stops_reading(receiver, free_port, tmp_path, movie, eventually):
+    """SIGSTOP closes its TCP window: generation goes on, queued frames are dropped, delivery resumes at a keyframe."""
+    import signal
+
+    url = f"rtmp://127.0.0.1:{free_port()}/live/s3cret"
+    process = receiver("-listen", 1, "-i", url, "-c", "copy", "-f", "flv", tmp_path / "a.flv")
+    time.sleep(0.3)
+    sink = LiveSink([url], SPEC, latency=0.25, bits=40_000_000, threads=1)  # fills the socket's buffers soon
+    eventually(lambda: phases(sink) == [DeliveryPhase.LIVE])
+    sink.write(movie(12))
+    eventually(lambda: sink.state.targets[0].sent >= 6)
+    process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    while not sink.state.targets[0].dropped and time.monotonic() - began < 8:
+        sink.write(movie(12))
+    target = sink.state.targets[0]
+    assert target.dropped > 0
+    assert target.queued <= 0.25
+    assert sink.state.repeated <= 2, "what generation makes is shown in time, server or not"
+    process.send_signal(signal.SIGCONT)
+    sent = target.sent
+    began = time.monotonic()
+    while sink.state.targets[0].sent < sent + 24 and time.monotonic() - began < 8:
+        sink.write(movie(12))
+    assert sink.state.targets[0].sent >= sent + 24
+    assert sink.state.targets[0].connections == 1
+    sink.abort()
+
+
+def test_refused_everywhere_is_an_error(monkeypatch, movie, eventually):
+    def refuse(*_):
+        raise RefusedError(
+            "rtmp://127.0.0.1: refused: NetStream.Publish.BadName; check application and stream key"
+        )
+
+    monkeypatch.setattr("wanrt.output.live.connect", refuse)
+    sink = LiveSink(["rtmp://127.0.0.1/live/s3cret"], SPEC, threads=1)
+    eventually(lambda: phases(sink) == [DeliveryPhase.FAILED])
+    with pytest.raises(OutputError, match=r"refused: NetStream\.Publish\.BadName; check"):
+        sink.write(movie(1))
+    sink.abort()
+
+
+def test_an_encoder_failure_reaches_the_producer(monkeypatch, tmp_path, movie, eventually):
+    sink = LiveSink([f"{tmp_path}/a.m3u8"], SPEC, threads=1)
+    monkeypatch.setattr(sink._encoder, "encode", lambda *_, **__: 1 / 0)
+    sink.write(movie(2))
+    eventually(lambda: sink._error)
+    with pytest.raises(OutputError, match="live encoder: division by zero"):
+        sink.write(movie(2))
+    with pytest.raises(OutputError, match="live encoder"):
+        sink.finish()
+
+
+def test_wrong_targets_are_usage_errors():
+    with pytest.raises(UsageError, match="scheme 'http'"):
+        LiveSink(["http://host/live/s3cret"], SPEC)
+
+
+def test_default_bit_rate_grows_with_the_picture():
+    assert default_bits(VideoSpec(224, 128, 8)) == 250_000
+    assert default_bits(VideoSpec(832, 480, 16)) == pytest.approx(767_000, rel=0.01)
+
+
+def test_tee_leaves_out_what_fails(tmp_path, movie, caplog):
+    spec = VideoSpec(96, 64, 16)
+    good, bad = open_sink(tmp_path / "a.mp4", spec), open_sink(tmp_path / "b.gif", spec)
+    tee = TeeSink([bad, good])
+    tee.write(movie(3))
+    bad.write = lambda _: (_ for _ in ()).throw(OutputError("b.gif: the disk is full"))
+    tee.write(movie(3))
+    with pytest.raises(OutputError, match=r"^b\.gif: the disk is full$"):
+        tee.finish()
+    assert (tmp_path / "a.mp4").exists()
+    assert (tmp_path / "b.partial.gif").exists()
+    assert "the other outputs go on" in caplog.text
+
+
+def test_tee_of_nothing_left_raises(tmp_path, movie):
+    sink = open_sink(tmp_path / "a.mp4", VideoSpec(96, 64, 16))
+    tee = TeeSink([sink])
+    sink.write = lambda _: (_ for _ in ()).throw(OutputError("a.mp4: gone"))
+    with pytest.raises(OutputError, match=r"a\.mp4: gone"):
+        tee.write(movie(1))
+    with pytest.raises(OutputError, match="no target given"):
+        TeeSink([])

@@ -1,0 +1,164 @@
+"""Live streams to a real RTMP server: nginx with libnginx-mod-rtmp, started here on loopback."""
+
+import logging
+import re
+import shutil
+import subprocess
+import threading
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from wanrt.errors import OutputError
+from wanrt.output import QueuedSink, VideoSpec, open_sink
+from wanrt.output.delivery import DeliveryPhase
+from wanrt.output.live import LiveSink
+from wanrt.output.tee import TeeSink
+
+MODULE = Path("/usr/lib/nginx/modules/ngx_rtmp_module.so")
+SPEC = VideoSpec(96, 64, 24)
+CONFIGURATION = """
+load_module {module};
+daemon off; master_process off; pid {place}/pid; error_log {place}/error.log info;
+events {{ worker_connections 64; }}
+rtmp {{ server {{
+    listen 127.0.0.1:{port}; chunk_size 4096; ping 1s;
+    application live {{ live on; hls on; hls_path {place}/hls; hls_fragment 1s; hls_playlist_length 60s; }}
+    application closed {{ live on; deny publish all; }}
+}} }}
+"""
+
+
+class Nginx:
+    """A server that can be stopped and started at the same port."""
+
+    def __init__(self, place, port):
+        self.place, self.port, self.process = place, port, None
+        (place / "hls").mkdir()
+        text = CONFIGURATION.format(module=MODULE, place=place, port=port)
+        (place / "nginx.conf").write_text(text)
+
+    def start(self):
+        command = ["nginx", "-p", self.place, "-c", self.place / "nginx.conf", "-e", self.place / "error.log"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def stop(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+    def url(self, app="live"):
+        return f"rtmp://127.0.0.1:{self.port}/{app}/s3cret"
+
+
+@pytest.fixture
+def nginx(tmp_path, free_port):
+    if not shutil.which("nginx") or not MODULE.exists():
+        pytest.skip("needs nginx and libnginx-mod-rtmp (apt install libnginx-mod-rtmp)")
+    place = tmp_path / "nginx"
+    place.mkdir()
+    server = Nginx(place, free_port())
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def generator(movie):
+    """Writes chunks of 12 frames as fast as the sink takes them, in a thread, until stopped."""
+    stop, threads, counts = threading.Event(), [], []
+
+    def start(sink):
+        frames = movie(48)
+
+        def generate():
+            while not stop.is_set():
+                at = 12 * (len(counts) % 4)
+                sink.write(frames[at : at + 12])
+                sink.flush_chunk()
+                counts.append(12)
+
+        threads.append(threading.Thread(target=generate))
+        threads[-1].start()
+
+    def finish():
+        stop.set()
+        for thread in threads:
+            thread.join(10)
+        return sum(counts)
+
+    start.finish = finish
+    yield start
+    finish()
+
+
+def is_live(sink):
+    return sink.state.targets[0].phase is DeliveryPhase.LIVE
+
+
+def test_hls_of_nginx_plays(nginx, decode, movie, eventually):
+    nginx.start()
+    eventually(lambda: (nginx.place / "pid").exists())
+    sink = LiveSink([nginx.url()], SPEC, threads=1)
+    eventually(lambda: is_live(sink))
+    frames = movie(96)
+    for at in range(0, 96, 12):
+        sink.write(frames[at : at + 12])
+    sink.finish()
+    playlist = nginx.place / "hls" / "s3cret.m3u8"
+    eventually(playlist.exists)
+    whole = playlist.with_name("whole.m3u8")
+    whole.write_text(playlist.read_text() + "#EXT-X-ENDLIST\n")  # else ffmpeg waits for more
+    got = decode(whole)
+    assert 48 <= len(got.frames) <= 96, "whole segments of one GOP"
+    steps = {b - a for a, b in zip(got.starts, got.starts[1:], strict=False)}
+    assert all(abs(step - Fraction(1, 24)) <= Fraction(1, 1000) for step in steps)
+    assert "Audio: aac (LC)" in got.words
+
+
+@pytest.mark.parametrize("app", ["closed", "nothing"])
+def test_refused(nginx, movie, eventually, caplog, app):
+    nginx.start()
+    eventually(lambda: (nginx.place / "pid").exists())
+    with caplog.at_level(logging.DEBUG):
+        sink = LiveSink([nginx.url(app)], SPEC, threads=1)
+        eventually(lambda: sink.state.targets[0].error)
+        target = sink.state.targets[0]
+        sink.abort()
+    assert re.match(r"rtmp://127\.0\.0\.1: .*check (host, )?application and stream key", target.error)
+    assert "s3cret" not in caplog.text + repr(target)
+    if target.phase is DeliveryPhase.FAILED:
+        with pytest.raises(OutputError, match="refused"):
+            sink._raise_failure()
+
+
+def test_absent_restarted_and_the_recording_is_whole(nginx, tmp_path, generator, decode, eventually, caplog):
+    live = LiveSink([nginx.url()], SPEC, latency=1, threads=1)
+    tee = TeeSink([QueuedSink(open_sink(tmp_path / "a.mp4", SPEC, threads=1)), live])
+    with caplog.at_level(logging.DEBUG):
+        generator(tee)
+        eventually(lambda: live.state.targets[0].error)
+        nginx.start()
+        returned = time.monotonic()
+        eventually(lambda: is_live(live))
+        assert time.monotonic() - returned < 5
+        for restart in (1, 2):
+            eventually(lambda: live.state.targets[0].sent > 12)
+            nginx.stop()
+            eventually(lambda: not is_live(live))
+            nginx.start()
+            returned = time.monotonic()
+            eventually(lambda: is_live(live))
+            assert time.monotonic() - returned < 5
+            assert live.state.targets[0].connections == restart + 1
+        sent = live.state.targets[0].sent
+        eventually(lambda: live.state.targets[0].sent > sent + 12)
+        written = generator.finish()
+        tee.finish()
+    recording = decode(tmp_path / "a.mp4")
+    assert len(recording.frames) == written
+    assert recording.starts == [Fraction(number, 24) for number in range(written)]
+    assert live.state.repeated == 0
+    assert "s3cret" not in caplog.text
+    assert "127.0.0.1: live again (connection 3)" in caplog.text
