@@ -64,3 +64,18 @@ def test_exact_policies_are_bit_identical(job, models, window):
 
 def test_the_same_twice(job, models):
     assert torch.equal(frames_of(job, models, Tuning()), frames_of(job, models, Tuning()))
+
+
+@pytest.mark.parametrize("anchor", ["anchor-only", "latent"])
+def test_no_sync_inside_a_run(job, models, anchor):
+    device = torch.device("cuda", 0)
+    changed = replace(job, anchor=anchor)
+    pipeline = join(changed, models, device, Wiring(make_recorder(changed, device, None)), Tuning())
+    frames = pipeline.run()
+    shown = [next(frames)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        shown.extend(frames)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum(f.count for f in shown) == FRAMES

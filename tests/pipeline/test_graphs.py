@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wanrt.models.kv_cache import CachePolicy, KVCache
+from wanrt.models.kv_cache import CachePolicy, KVCache, Pass
 from wanrt.models.transformer import TransformerConfig, WanTransformer
 from wanrt.pipeline import graphs
 from wanrt.pipeline.context import AnchorPolicy
@@ -67,19 +67,52 @@ def test_replays_equal_eager_passes(model, monkeypatch, policy, window, bias):
     monkeypatch.setattr(graphs, "GraphedForward", EagerForward)
     monkeypatch.setattr(EagerForward, "replays", 0)
     denoiser = graphs.GraphedDenoiser(model, make_cache(policy, window), CPU)
-    denoiser.capture(torch.zeros(SHAPE), torch.zeros(1, 1, 16), bias)
+    denoiser.capture(SHAPE, [bias != 1.0], lambda done, of: None)
     got = latents_of(denoiser, policy, window, [bias] * 6)
     want = latents_of(TransformerDenoiser(model, make_cache(policy, window), CPU), policy, window, [bias] * 6)
     assert torch.equal(got, want)
-    growing = -(-window // 3)  # chunks whose context is not full yet
-    assert EagerForward.replays == 3 * (6 - growing)  # a context or commit pass and two steps each
+    first_context = 1 if policy is CachePolicy.RECOMPUTE else 0  # the first chunk has none
+    assert EagerForward.replays == 3 * 6 - first_context  # a context or commit pass and two steps a chunk
 
 
 def test_a_bias_that_was_not_captured_runs_eagerly(model, monkeypatch):
     monkeypatch.setattr(graphs, "GraphedForward", EagerForward)
     policy, biases = CachePolicy.RECOMPUTE, [1.0, 1.0, 0.5, 0.2, 1.0]
     denoiser = graphs.GraphedDenoiser(model, make_cache(policy, 3), CPU)
-    denoiser.capture(torch.zeros(SHAPE), torch.zeros(1, 1, 16), 1.0)
+    denoiser.capture(SHAPE, [False], lambda done, of: None)
     got = latents_of(denoiser, policy, 3, biases)
     want = latents_of(TransformerDenoiser(model, make_cache(policy, 3), CPU), policy, 3, biases)
     assert torch.equal(got, want)
+
+
+def test_live_changes_capture_nothing_anew(model, monkeypatch):
+    monkeypatch.setattr(graphs, "GraphedForward", EagerForward)
+    monkeypatch.setattr(EagerForward, "replays", 0)
+    policy, biases = CachePolicy.RECOMPUTE, [1.0, 0.5, 0.2, 1.0, 0.9]
+    denoiser = graphs.GraphedDenoiser(model, make_cache(policy, 3), CPU)
+    seen = []
+    denoiser.capture(SHAPE, [True, False], lambda done, of: seen.append((done, of)))
+    captured = dict(denoiser._graphs)
+    assert seen == [(i, 5) for i in range(5)]  # one context pass, two denoising passes with and without bias
+    got = latents_of(denoiser, policy, 3, biases)
+    want = latents_of(TransformerDenoiser(model, make_cache(policy, 3), CPU), policy, 3, biases)
+    assert torch.equal(got, want)
+    assert denoiser._graphs == captured
+    assert EagerForward.replays == 3 * 5 - 1
+
+
+@pytest.mark.parametrize("policy", list(CachePolicy))
+@pytest.mark.parametrize("window", range(3, 13))
+def test_every_plan_of_a_stream_is_captured(policy, window):
+    cache = make_cache(policy, window)
+    plans = set(graphs.all_plans(cache))
+    for chunk in range(8):
+        if policy is CachePolicy.RECOMPUTE and chunk:
+            plan = cache.begin(Pass.CONTEXT, min(3 * chunk, window))
+            assert plan in plans
+            cache.finish(plan)
+        assert cache.begin(Pass.DENOISE, 3) in plans
+        if policy is not CachePolicy.RECOMPUTE:
+            plan = cache.begin(Pass.COMMIT, 3)
+            assert plan in plans
+            cache.finish(plan)

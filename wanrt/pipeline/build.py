@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,7 @@ def join(
 
     tuning, loop, lanes = tuning or Tuning(), loop_settings(job), lanes_for(device)
     with lanes.main():
-        denoiser = _denoiser(job, models, device, tuning)
+        denoiser = _denoiser(job, models, device, tuning, wiring)
         vae = streaming_vae(models, job, choose_precision(job.precision, device), graphs=tuning.graphs)
     mesh = Mesh(denoiser, mesh_settings(job), wiring.recorder, wiring.check)
     window = loop.window if loop.anchors else None
@@ -138,7 +139,9 @@ def allocate_cache(job: RenderJob, device: torch.device, dtype: torch.dtype) -> 
     )
 
 
-def _denoiser(job: RenderJob, models: Models, device: torch.device, tuning: Tuning) -> Denoiser:
+def _denoiser(
+    job: RenderJob, models: Models, device: torch.device, tuning: Tuning, wiring: Wiring
+) -> Denoiser:
     from wanrt.pipeline.denoiser import TransformerDenoiser
     from wanrt.pipeline.models import compile_blocks
 
@@ -149,19 +152,30 @@ def _denoiser(job: RenderJob, models: Models, device: torch.device, tuning: Tuni
         compile_blocks(models.transformer)
     if not tuning.graphs:
         return TransformerDenoiser(models.transformer, cache, device)
-    return _graphed(job, models, cache, device)
+    return _graphed(job, models, cache, device, wiring)
 
 
-def _graphed(job: RenderJob, models: Models, cache: KVCache, device: torch.device) -> Denoiser:
-    import torch
-
+def _graphed(
+    job: RenderJob, models: Models, cache: KVCache, device: torch.device, wiring: Wiring
+) -> Denoiser:
     from wanrt.pipeline.graphs import GraphedDenoiser
 
     denoiser = GraphedDenoiser(models.transformer, cache, device)
-    latents = torch.zeros(mesh_settings(job).shape, device=device)
-    prompt = torch.zeros(1, 1, job.preset.transformer.text_dim, device=device)
-    denoiser.capture(latents, prompt, job.bias)
+    began = time.perf_counter()
+
+    def step(done: int, of: int) -> None:
+        wiring.check()
+        wiring.progress("warm-up", None)
+
+    denoiser.capture(mesh_settings(job).shape, biases_on(job), step)
+    wiring.progress("warm-up", time.perf_counter() - began)
     return denoiser
+
+
+def biases_on(job: RenderJob) -> frozenset[bool]:
+    """Whether the scenes of a job use the attention bias: never, always, or both."""
+    scenes = job.timeline.scenes
+    return frozenset((job.bias if scene.bias is None else scene.bias) != 1.0 for scene in scenes)
 
 
 def make_recorder(job: RenderJob, device: torch.device, started_ns: int | None) -> Recorder:

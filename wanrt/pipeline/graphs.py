@@ -1,7 +1,8 @@
-"""CUDA graphs of the transformer's steady passes: one launch a forward instead of some thousand.
+"""CUDA graphs of the transformer's passes: one launch a forward instead of some thousand.
 
-From the chunk on whose context fills the window every shape and address is the same: one graph for the context
-pass, one for denoising, one for the commit pass of a rolling cache. The few passes before run eagerly.
+Every pass that a stream will ever make is known beforehand: the context grows by a chunk until it fills the window,
+then nothing changes any more. Each is captured once, before the first chunk; prompt, bias, timesteps and latents
+live at fixed addresses, so changing them captures nothing anew.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,7 +72,7 @@ class GraphedForward:
 
 
 class GraphedDenoiser(TransformerDenoiser):
-    """A `TransformerDenoiser` whose steady passes are graphs, captured by `capture` before the first chunk."""
+    """A `TransformerDenoiser` whose passes are graphs, captured by `capture` before the first chunk."""
 
     def __init__(self, model: WanTransformer, cache: KVCache, device: torch.device) -> None:
         super().__init__(model, cache, device)
@@ -87,23 +89,28 @@ class GraphedDenoiser(TransformerDenoiser):
         self._log_bias.fill_(math.log(bias))
         self._bias = None if bias == 1.0 else self._log_bias
 
-    def capture(self, latents: torch.Tensor, embedding: torch.Tensor, bias: float) -> None:
-        """Captures the steady passes for chunks like `latents` `[B, 16, 3, h, w]`; resets the cache.
+    def capture(
+        self, shape: tuple[int, ...], biased: Iterable[bool], progress: Callable[[int, int], None]
+    ) -> None:
+        """Captures every pass for chunks of `shape` `[B, 16, 3, h, w]`; resets the cache.
 
-        Bias on and bias off are two graphs; a scene that switches between them later runs eagerly.
+        `biased`: with and without attention bias are different graphs; name those that will be needed, the other
+        runs eagerly. `progress` hears how many of how many are done.
         """
         started = time.perf_counter()
+        wanted = [(plan, on) for on in sorted(set(biased)) for plan in all_plans(self._cache)]
+        distinct = list(dict.fromkeys((plan, on and plan.pass_ is not Pass.CONTEXT) for plan, on in wanted))
+        latents = torch.zeros(shape, device=self.device)
         with torch.inference_mode():
-            self.set_text(embedding)
-            self.set_bias(bias)
-            for plan in steady_plans(self._cache):
-                self._capture(plan, latents)
+            self.set_text(torch.zeros(shape[0], 1, self._model.config.text_dim, device=self.device))
+            for done, (plan, on) in enumerate(distinct):
+                progress(done, len(distinct))
+                self._capture(plan, latents, self._log_bias if on else None)
         self._cache.reset()
         log.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.perf_counter() - started)
 
-    def _capture(self, plan: PassPlan, latents: torch.Tensor) -> None:
+    def _capture(self, plan: PassPlan, latents: torch.Tensor, bias: torch.Tensor | None) -> None:
         assert self._text is not None
-        bias = None if plan.pass_ is Pass.CONTEXT else self._bias
         frames = latents[:, :, :1].expand(-1, -1, plan.frames, -1, -1)
         pool = next((graph.graph.pool() for graph in self._graphs.values()), None)
         forward = GraphedForward(self._model, self._cache, plan, frames, self._text, bias, pool)
@@ -119,10 +126,17 @@ class GraphedDenoiser(TransformerDenoiser):
         return velocity
 
 
-def steady_plans(cache: KVCache) -> tuple[PassPlan, ...]:
-    """The passes that a cache repeats for ever once its context is full."""
-    full = cache.capacity
-    denoise = PassPlan(Pass.DENOISE, CHUNK_LATENTS, full, full)
-    if cache.policy is CachePolicy.RECOMPUTE:
-        return (PassPlan(Pass.CONTEXT, full, 0, full), denoise)
-    return (denoise, PassPlan(Pass.COMMIT, CHUNK_LATENTS, full, full))
+def all_plans(cache: KVCache) -> tuple[PassPlan, ...]:
+    """Every pass of a stream, the steady ones first: they need the most memory, which the others then share."""
+    fills = sorted(
+        {min(made, cache.capacity) for made in range(0, cache.capacity + CHUNK_LATENTS, CHUNK_LATENTS)}
+    )
+    plans: list[PassPlan] = []
+    for held in reversed(fills):
+        if cache.policy is CachePolicy.RECOMPUTE and held:
+            plans.append(PassPlan(Pass.CONTEXT, held, 0, held))
+        plans.append(PassPlan(Pass.DENOISE, CHUNK_LATENTS, held, held))
+        if cache.policy is not CachePolicy.RECOMPUTE:
+            keep = min(held + CHUNK_LATENTS, cache.capacity)
+            plans.append(PassPlan(Pass.COMMIT, CHUNK_LATENTS, held, keep))
+    return tuple(plans)
