@@ -21,6 +21,8 @@ try:
 except ImportError:  # a CPU build of PyTorch brings no Triton; `add_norm_ref` serves there
     triton = None
 
+HAVE_TRITON = triton is not None
+
 
 @dataclass(frozen=True)
 class AddNormConfig:

@@ -367,6 +367,16 @@ def test_wrong_shapes_are_refused(make_transformer, make_cache):
         TransformerConfig(dim=10, ffn_dim=8, num_layers=1, num_heads=4)
 
 
+def test_paths_say_what_runs_and_why(make_transformer):
+    model = make_transformer()
+    assert model.paths() == (
+        "transformer: attention by sdpa (chosen for cpu, float32, heads of 20), KV bias by an additive mask; "
+        "plain PyTorch between products"
+    )
+    model.attention = AttentionBackend.MATH
+    assert "attention by math (forced" in model.paths()
+
+
 def test_model_holds_no_stream_state(make_transformer, make_cache):
     """Two streams interleaved over one set of weights give what each gives alone."""
     model = make_transformer()

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanrt.models.attention import AttentionBackend, KeyBias, attend
+from wanrt.models.attention import AttentionBackend, KeyBias, attend, choose
 from wanrt.models.kv_cache import CachePolicy, CallOrderError, KVCache, Pass, PassPlan
 from wanrt.models.memory import LOCAL, CachedMemory, Elementwise, Memory, QKNorm, SequenceMemory, turn
 from wanrt.models.rope import RopeTable
+from wanrt_kernels.adaln import HAVE_TRITON
 
 __all__ = [
     "WAN_1_3B",
@@ -432,6 +433,20 @@ class WanTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights, and of the residual stream."""
         return self.patch_embedding.weight.dtype
+
+    def paths(self) -> str:
+        """In one line, for the log: what computes attention and what runs between the products, and why."""
+        device, head_dim = self.patch_embedding.weight.device, self.config.head_dim
+        backend = choose(self.attention, device, self.dtype, head_dim)
+        reason = "chosen" if self.attention is AttentionBackend.AUTO else "forced"
+        bias = "an additive mask" if backend is AttentionBackend.SDPA else "two calls merged"
+        where = f"{device.type}, {str(self.dtype).removeprefix('torch.')}, heads of {head_dim}"
+        kernels = "Triton kernels" if device.type == "cuda" and HAVE_TRITON else "plain PyTorch"
+        missing = "" if HAVE_TRITON or device.type != "cuda" else " (Triton is not installed)"
+        return (
+            f"transformer: attention by {backend} ({reason} for {where}), KV bias by {bias}; "
+            f"{kernels} between products{missing}"
+        )
 
     def _blocks(self) -> Iterator[Block]:
         for block in self.blocks:

@@ -145,6 +145,7 @@ def _denoiser(
     from wanrt.pipeline.denoiser import TransformerDenoiser
     from wanrt.pipeline.models import compile_blocks
 
+    log.info(models.transformer.paths())
     cache = allocate_cache(job, device, models.transformer.dtype)
     if device.type != "cuda":
         return TransformerDenoiser(models.transformer, cache, device)
