@@ -1,5 +1,6 @@
 """`wanrt weights pull` against a hub-like server on loopback: progress, resume, refusals."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -225,6 +226,25 @@ def test_interrupted_pull_is_resumed(hub, preset, tmp_path):
     assert f"transformer: {directory}/model/checkpoints/big.safetensors" in run.stdout
     assert (directory / "model/checkpoints/big.safetensors").read_bytes() == BIG
     assert not partial.exists()
+
+
+def test_two_pulls_do_not_spoil_each_other(pull, tmp_path):
+    folder = tmp_path / "weights/model/checkpoints"
+    folder.mkdir(parents=True)
+    tag = hashlib.sha256(BIG).hexdigest()[:12]
+    with (folder / f"big.safetensors.{tag}.part").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another process is pulling it"):
+            pull(tmp_path / "weights")
+    assert pull(tmp_path / "weights")["transformer"].read_bytes() == BIG
+
+
+def test_a_partial_file_that_is_too_long_is_dropped(pull, tmp_path):
+    folder = tmp_path / "weights/model/checkpoints"
+    folder.mkdir(parents=True)
+    tag = hashlib.sha256(BIG).hexdigest()[:12]
+    (folder / f"big.safetensors.{tag}.part").write_bytes(BIG + b"more")
+    assert pull(tmp_path / "weights")["transformer"].read_bytes() == BIG
 
 
 def test_damaged_download_is_dropped(hub, pull, tmp_path):

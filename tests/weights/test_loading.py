@@ -332,7 +332,7 @@ def test_the_public_layouts_are_recognised():
             "Wan transformer 1.4B (dim 1536, 30 layers), float32",
         ),
         (lambda: WanVae(VaeConfig()), "Wan VAE 126.9M (base dim 96), float32"),
-        (lambda: WanVae(VaeConfig(base_dim=24)), "Wan VAE 8.0M (base dim 24), float32"),
+        (lambda: WanVae(VaeConfig(base_dim=24)), "LightVAE 8.0M (base dim 24), float32"),
     ):
         checkpoint = identify(TensorsSource(build_on_meta(build).state_dict(), "meta"))
         assert checkpoint.describe() == said

@@ -160,6 +160,16 @@ def test_a_transformer_is_never_guessed_by_content(tmp_path):
     )
 
 
+def test_a_transformer_that_would_fit_is_hinted_at(tmp_path):
+    preset = TINY.model_copy(update={"weights": KREA.weights})
+    tensors = build_on_meta(lambda: WanTransformer(TINY.transformer_config())).state_dict()
+    path = tmp_path / "deep" / "some.safetensors"
+    path.parent.mkdir()
+    save_file({n: torch.zeros(t.shape) for n, t in tensors.items()}, path)
+    with pytest.raises(WeightsError, match=rf"if it is the one, --weights {path}"):
+        resolve(preset, tmp_path, nowhere(tmp_path))
+
+
 def test_fits(zoo, tmp_path):
     from wanrt.weights.checkpoint import identify
     from wanrt.weights.sources import TensorsSource

@@ -24,6 +24,9 @@ Config = TransformerConfig | VaeConfig | TextEncoderConfig
 # Head width of every published Wan2.1 transformer (Wan-Video/Wan2.1 wan/configs at 9737cba: 5120/40, 1536/12).
 # Shapes do not tell it.
 WAN_HEAD_DIM = 128
+# A quarter of Wan2.1's 96: ModelTC/LightX2V lightx2v/models/video_encoders/hf/wan/vae.py (pruning_rate 0.75) at
+# f8aee98.
+LIGHT_VAE_DIM = 24
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,8 @@ def _title(kind: Kind, config: Config | None, parameters: int) -> str:
     if isinstance(config, TransformerConfig):
         return f"Wan transformer {size} (dim {config.dim}, {config.num_layers} layers)"
     if isinstance(config, VaeConfig):
-        return f"Wan VAE {size} (base dim {config.base_dim})"
+        name = "LightVAE" if config.base_dim == LIGHT_VAE_DIM else "Wan VAE"
+        return f"{name} {size} (base dim {config.base_dim})"
     if isinstance(config, TextEncoderConfig):
         return f"UMT5 encoder {size} (dim {config.dim}, {config.num_layers} layers)"
     names = {Kind.TINY_VAE: "TAEHV tiny VAE", Kind.LORA: "LoRA", Kind.UNKNOWN: "unknown tensors"}

@@ -6,8 +6,10 @@ huggingface_hub (an extra) knows the endpoint, the user's token and the transfer
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -100,11 +102,11 @@ def _transfer(url: str, partial: Path, size: int | None, *, quiet: bool) -> None
 
     if quiet:
         disable_progress_bars()
-    done = partial.stat().st_size if partial.exists() else 0
-    if size is not None and done > size:
-        partial.unlink()
-        done = 0
     with partial.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two writers would spoil it
+        if size is not None and file.tell() > size:
+            file.truncate(0)
+        done = file.seek(0, os.SEEK_END)
         http_get(url, file, resume_size=done, headers=build_hf_headers(), expected_size=size)
 
 
@@ -171,6 +173,8 @@ def _one_line_errors(source: HubFile) -> Iterator[None]:
             ) from error
         if kinds & {"RepositoryNotFoundError", "EntryNotFoundError", "RevisionNotFoundError"}:
             raise WeightsError(f"{name}: not on the hub (or private: `hf auth login`)") from error
+        if isinstance(error, BlockingIOError):
+            raise RunError(f"{name}: another process is pulling it; wait for that one") from error
         if isinstance(error, PermissionError):
             raise OutputError(
                 f"{error.filename}: cannot be written; name another directory with --weights"

@@ -120,7 +120,8 @@ def resolve(preset: Preset, weights: Path | None, environ: Mapping[str, str] = o
         wanted = _parts_beside(preset, weights)
     missing = [part for part in wanted if part not in found]
     if missing:
-        raise WeightsError(_missing(preset, missing, directories))
+        hint = _candidate(preset, weights) if "transformer" in missing and weights else ""
+        raise WeightsError(_missing(preset, missing, directories) + hint)
     files = {part: found[part] for part in wanted}
     for part, path in files.items():
         logger.info("%s: %s is %s", preset.name, part, path)
@@ -216,18 +217,29 @@ def _find_cached(source: HubFile | None, environ: Mapping[str, str]) -> Path | N
 
 
 def _find_by_content(preset: Preset, part: str, directories: tuple[Path, ...]) -> Path | None:
-    """The first file that holds this part under whatever name; foreign and damaged files are passed over."""
-    for path in (path for directory in directories for path in checkpoint_files(directory)):
+    """The first file that holds this part under whatever name."""
+    files = (path for directory in directories for path in checkpoint_files(directory))
+    return _first_that_fits(preset, part, files)
+
+
+def _first_that_fits(preset: Preset, part: str, files: Iterator[Path]) -> Path | None:
+    for path in files:
         from wanrt.weights.checkpoint import open_checkpoint  # here, so that nothing to open needs no torch
 
         try:
             checkpoint = open_checkpoint(path)
         except WeightsError as error:
-            logger.info("passed over: %s", error)
+            logger.info("passed over: %s", error)  # foreign or damaged
             continue
         if fits(preset, part, checkpoint):
             return path
     return None
+
+
+def _candidate(preset: Preset, directory: Path) -> str:
+    """A hint at a file that could be the transformer, for the user to decide: sizes do not tell a fine-tune."""
+    path = _first_that_fits(preset, "transformer", checkpoint_files(directory))
+    return f" ({path} would fit by its sizes: if it is the one, --weights {path})" if path else ""
 
 
 def _asset(part: str) -> Path | None:
