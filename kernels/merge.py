@@ -19,7 +19,8 @@ try:
 except ImportError:  # a CPU build of PyTorch brings no Triton; `merge_ref` serves there
     triton = None
 
-WARPS = 4  # a query's heads are at most 8192 numbers; two tensors of 32 values a thread at 8 KiB of bf16 each
+BLOCK_HEADS = 8  # heads of one query a program: with head_dim 128 eight numbers of each tensor a thread
+WARPS = 4
 
 
 def merge_ref(biased: Tensor, biased_lse: Tensor, plain: Tensor, plain_lse: Tensor, bias: Tensor) -> Tensor:
@@ -36,31 +37,24 @@ if triton is not None:
         biased_ptr, biased_lse_ptr, plain_ptr, plain_lse_ptr, bias_ptr, out_ptr,
         queries, biased_batch, biased_query, biased_head, plain_batch, plain_query, plain_head,
         biased_lse_batch, biased_lse_head, biased_lse_query, plain_lse_batch, plain_lse_head, plain_lse_query,
-        H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+        H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         batch, query = row // queries, row % queries
-        channel = tl.arange(0, BLOCK)
-        mask = channel < H * D
-        head, within = channel // D, channel % D
-        a = tl.load(
-            biased_lse_ptr + batch * biased_lse_batch + head * biased_lse_head + query * biased_lse_query,
-            mask,
-            0.0,
-        )
-        b = tl.load(
-            plain_lse_ptr + batch * plain_lse_batch + head * plain_lse_head + query * plain_lse_query,
-            mask,
-            0.0,
-        )
-        share = tl.sigmoid(a + tl.load(bias_ptr).to(tl.float32) - b)
-        x = tl.load(
-            biased_ptr + batch * biased_batch + query * biased_query + head * biased_head + within, mask, 0.0
-        ).to(tl.float32)
-        y = tl.load(
-            plain_ptr + batch * plain_batch + query * plain_query + head * plain_head + within, mask, 0.0
-        ).to(tl.float32)
-        tl.store(out_ptr + row * H * D + channel, (y + share * (x - y)).to(out_ptr.dtype.element_ty), mask)
+        head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+        within = tl.arange(0, BLOCK_D)
+        biased_lse_ptr += batch * biased_lse_batch + query * biased_lse_query
+        plain_lse_ptr += batch * plain_lse_batch + query * plain_lse_query
+        a = tl.load(biased_lse_ptr + head * biased_lse_head, head < H, 0.0)
+        b = tl.load(plain_lse_ptr + head * plain_lse_head, head < H, 0.0)
+        share = tl.sigmoid(a + tl.load(bias_ptr).to(tl.float32) - b)[:, None]
+        mask = (head < H)[:, None] & (within < D)[None, :]
+        biased_ptr += batch * biased_batch + query * biased_query
+        plain_ptr += batch * plain_batch + query * plain_query
+        x = tl.load(biased_ptr + head[:, None] * biased_head + within[None, :], mask, 0.0).to(tl.float32)
+        y = tl.load(plain_ptr + head[:, None] * plain_head + within[None, :], mask, 0.0).to(tl.float32)
+        out = out_ptr + row * H * D + head[:, None] * D + within[None, :]
+        tl.store(out, (y + share * (x - y)).to(out_ptr.dtype.element_ty), mask)
 
 
 def merge(biased: Tensor, biased_lse: Tensor, plain: Tensor, plain_lse: Tensor, bias: Tensor) -> Tensor:
@@ -88,10 +82,11 @@ def launch(biased: Tensor, biased_lse: Tensor, plain: Tensor, plain_lse: Tensor,
     """Launch the Triton kernel; arguments as for `merge`, which has checked them."""
     batch, queries, heads, head_dim = plain.shape
     out = torch.empty(plain.shape, dtype=plain.dtype, device=plain.device)
-    _merge_kernel[(batch * queries,)](
+    _merge_kernel[(batch * queries, triton.cdiv(heads, BLOCK_HEADS))](
         biased, biased_lse, plain, plain_lse, bias, out,
-        queries, *biased.stride()[:3], *plain.stride()[:3], *biased_lse.stride(), *plain_lse.stride(),
-        H=heads, D=head_dim, BLOCK=triton.next_power_of_2(heads * head_dim), num_warps=WARPS,
+        queries, *biased.stride()[:3], *plain.stride()[:3],
+        *biased_lse.stride(), *plain_lse.stride(),
+        H=heads, D=head_dim, BLOCK_H=BLOCK_HEADS, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=WARPS,
     )  # fmt: skip
     return out
 
