@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from wanrt.errors import UsageError
+from wanrt.parallel.choose import Machine, candidates, forecast, resolve
+from wanrt.parallel.hardware import Link
+from wanrt.parallel.report import as_json, find_machine, make_plan, read_costs, text
+from wanrt.parallel.topology import Topology
+from wanrt.parallel.workload import GIB, Workload
+from wanrt.script import build_job, read_script
+from wanrt.telemetry.simulator import StageCosts
+
+KREA = Workload(
+    dim=5120, ffn_dim=13824, layers=40, heads=40, text_dim=4096, text_len=512, freq_dim=256,
+    width=576, height=320, window=3, steps=4, recompute=True, element=2, vae_dim=96, text_encoder=5_680_000_000,
+)  # fmt: skip
+
+
+def h200(devices, link=Link.NVLINK):
+    return Machine(devices, "NVIDIA H200", 141 * GIB, link)
+
+
+def job(**flags):
+    return build_job(read_script("a red ball"), {"preset": "krea-14b", **flags})
+
+
+@pytest.mark.parametrize("link", list(Link))
+@pytest.mark.parametrize("devices", [2, 4, 5, 8])
+def test_auto_is_the_fastest_candidate(devices, link):
+    machine = h200(devices, link)
+    choice = resolve("auto", KREA, machine, "anchor-only")
+    best = forecast(KREA, choice.topology, machine, "anchor-only").fps
+    for other in candidates(KREA, machine):
+        assert forecast(KREA, other, machine, "anchor-only").fps <= best + 1e-9
+    assert "fastest by prediction" in choice.reason
+
+
+@pytest.mark.parametrize("link", list(Link))
+@pytest.mark.parametrize("n", [2, 4])
+def test_ulysses_is_ahead_of_tensor_parallelism(n, link):
+    rates = [
+        forecast(KREA, Topology.parse(f"{k}={n}"), h200(n, link), "anchor-only").fps
+        for k in ("ulysses", "tp")
+    ]
+    assert rates[0] > rates[1] * (1.05 if link is Link.NVLINK else 1.5)
+
+
+@pytest.mark.parametrize(
+    ("devices", "want"), [(1, "single"), (2, "ulysses=2"), (3, "pp1+ulysses=2"), (5, "pp1+ulysses=4")]
+)
+def test_the_rule_for_devices_without_figures(devices, want):
+    choice = resolve("auto", KREA, Machine(devices, "some GPU", 200 * GIB), "anchor-only")
+    assert str(choice.topology) == want
+
+
+def test_memory_is_refused_before_anything_loads():
+    with pytest.raises(
+        UsageError,
+        match=r"topology ulysses=4: rank 0 needs about 4\d\.\d GiB, its device has 40\.0 GiB; fits: pp1\+ulysses=3|fits: ",
+    ):
+        resolve("ulysses=4", KREA, Machine(4, "A100", 40 * GIB), "anchor-only")
+    tight = Machine(4, "A100", 40 * GIB)
+    chosen = resolve("auto", KREA, tight, "anchor-only").topology
+    resolve(str(chosen), KREA, tight, "anchor-only")
+    with pytest.raises(UsageError, match="smaller --size or a device with more memory"):
+        resolve("auto", KREA, Machine(2, "small", 8 * GIB), "anchor-only")
+
+
+def test_a_measured_run_is_carried_over():
+    measured = StageCosts(mesh=950, decode=34, encode=6)
+    one = forecast(KREA, Topology(), h200(1), "anchor-only", measured)
+    assert one.period == pytest.approx(950 + 3 * 34 + 6)
+    two = forecast(KREA, Topology.parse("ulysses=2"), h200(2), "anchor-only", measured)
+    guess = [forecast(KREA, Topology.parse(t), h200(2), "anchor-only") for t in ("single", "ulysses=2")]
+    assert two.fps_without_vae / one.fps_without_vae == pytest.approx(
+        guess[1].fps_without_vae / guess[0].fps_without_vae
+    )
+    unknown = Machine(2, "some GPU")
+    assert forecast(KREA, Topology(), unknown, "anchor-only", measured).period == one.period
+    assert forecast(KREA, Topology.parse("tp=2"), unknown, "anchor-only", measured) is None
+
+
+def test_the_plan_of_eight_devices():
+    plan = make_plan(job(size="576x320", topology="pp1+tp=4+vae=4"), h200(8))
+    shown = text(plan)
+    assert "topology   pp1+tp=4+vae=4 (as asked for)" in shown
+    assert "0     stage 0, VAE part 0" in shown
+    assert "7     mesh 3" in shown
+    assert "sent by each mesh rank" in shown
+    assert f"{plan.prediction.fps:.1f} fps" in shown
+    document = json.loads(json.dumps(as_json(plan)))
+    assert len(document["ranks"]) == 8
+    assert document["prediction"]["bound"].startswith("the mesh")
+    assert set(document["fps_by_policy"]) == {"decode-all", "overlap", "anchor-only", "latent", "first-frame"}
+
+
+def test_a_plan_without_figures_says_how_to_get_them():
+    shown = text(make_plan(job(topology="auto"), Machine(1, "some GPU", 80 * GIB)))
+    assert "predicted  nothing; figures: none for some GPU (H200 known); measure with" in shown
+
+
+def test_the_machine_asked_about():
+    assert find_machine(8, "H200", "host", 141) == Machine(8, "H200", 141 * GIB, Link.HOST)
+    with pytest.raises(UsageError, match="--link infiniband: expected nvlink or host"):
+        find_machine(2, "H200", "infiniband", None)
+    assert find_machine(None, None, None, None).devices >= 1
+
+
+def test_costs_that_are_none(tmp_path):
+    with pytest.raises(UsageError, match="No such file"):
+        read_costs(tmp_path / "missing.json")
+    for content in ("", "[]", "{}", '{"stats": {"chunks": 0, "stages": []}}'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(UsageError, match="not a --stats file"):
+            read_costs(tmp_path / "bad.json")
+
+
+def test_every_element_counts():
+    assert Workload.of(job(precision="fp32")) == replace(Workload.of(job()), element=4)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from wanrt.models.kv_cache import CachePolicy, KVCache
+from wanrt.models.transformer import WAN_1_3B, WAN_14B, WanTransformer
+from wanrt.parallel.hardware import H200, Link, mesh_ms, predict
+from wanrt.parallel.plan import ShardPlan
+from wanrt.parallel.topology import Topology
+from wanrt.parallel.workload import Workload, memory, operations, traffic
+
+KREA = Workload(
+    dim=5120, ffn_dim=13824, layers=40, heads=40, text_dim=4096, text_len=512, freq_dim=256,
+    width=576, height=320, window=3, steps=4, recompute=True, element=2, vae_dim=96, text_encoder=5_680_000_000,
+)  # fmt: skip
+
+
+def of(config):
+    return replace(
+        KREA, dim=config.dim, ffn_dim=config.ffn_dim, layers=config.num_layers, heads=config.num_heads
+    )
+
+
+@pytest.mark.parametrize("config", [WAN_14B, WAN_1_3B])
+def test_parameters_are_those_of_the_model(config):
+    work = of(config)
+    with torch.device("meta"):
+        model = WanTransformer(config)
+    plan = ShardPlan.of(Topology.parse("tp=2"))
+    split = sum(p.numel() for name, p in model.named_parameters() if plan.axis(name) is not None)
+    assert work.split_parameters == split
+    assert work.split_parameters + work.whole_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("policy", ["recompute", "rolling"])
+def test_the_cache_is_as_large_as_allocated(policy):
+    work = replace(KREA, recompute=policy == "recompute", text_len=0)
+    cache = KVCache.allocate(
+        WAN_14B, policy=CachePolicy(policy), frames=3, grid=(20, 36), device="meta", dtype=torch.bfloat16
+    )
+    held = sum(
+        t.nbytes for layer in cache.layers for t in (layer.key, layer.value, layer.raw_key) if t is not None
+    )
+    assert memory(work, Topology())[0].cache == held
+
+
+def test_memory_of_14b_by_device():
+    alone = memory(KREA, Topology())[0]
+    assert alone.weights == pytest.approx(28.6e9, rel=0.01)
+    assert 45e9 < alone.total < 50e9
+    four = memory(KREA, Topology.parse("pp1+tp=4"))
+    assert four[0].weights == four[0].cache == 0
+    assert four[1].text == four[1].vae == 0
+    assert four[1].weights == pytest.approx(28.6e9 / 4, rel=0.05)
+    assert memory(KREA, Topology.parse("pp1+ulysses=4"))[1].weights == alone.weights
+    split = memory(KREA, Topology.parse("pp1+tp=4+vae=4"))
+    assert len(split) == 8
+    assert [m.text > 0 for m in split] == [True] + [False] * 7
+    assert split[0].vae < four[0].vae
+
+
+def test_operations_of_a_forward():
+    products, attention = operations(replace(KREA, steps=1, window=3))
+    assert products / 2 == pytest.approx(51.6e12, rel=0.01)
+    assert attention == pytest.approx(40 * 4 * 2160 * 5120 * (2160 + 4320 + 2 * 512), rel=1e-6)
+
+
+def test_ulysses_moves_a_quarter_to_a_third_of_what_tensor_parallelism_moves():
+    for n, share in ((2, 1 / 3), (4, 1 / 6)):
+        tp, ulysses = (traffic(KREA, Topology.parse(f"{kind}={n}")).mesh for kind in ("tp", "ulysses"))
+        assert ulysses / tp == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("link", "n", "tp", "ulysses"),
+    [(Link.NVLINK, 2, 12, 4.8), (Link.NVLINK, 4, 14.5, 6.0), (Link.HOST, 2, 95, 38), (Link.HOST, 4, 142, 26)],
+)
+def test_communication_of_one_forward_as_measured(link, n, tp, ulysses):
+    """Measured on H200, 2160 tokens, 40 layers; the model has one bandwidth a link, so within 30 %."""
+    one = replace(KREA, steps=1)
+    for kind, measured in (("tp", tp), ("ulysses", ulysses)):
+        topology = Topology.parse(f"{kind}={n}")
+        free = replace(H200, name="no products", products=1e12, attention=1e12)
+        assert mesh_ms(one, topology, free, link) / 2 == pytest.approx(measured, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("topology", "forward"),
+    [("single", 89), ("tp=2", 61), ("ulysses=2", 53), ("tp=4", 44), ("ulysses=4", 34)],
+)
+def test_forwards_without_slack_are_the_floors(topology, forward):
+    """Floors of a forward on H200 at 576x320, from measured parts."""
+    found = mesh_ms(replace(KREA, steps=100), Topology.parse(topology), H200, Link.NVLINK, slack=1.0) / 101
+    assert found == pytest.approx(forward, rel=0.1)
+
+
+def test_the_vae_scales_with_the_picture():
+    sizes = ((576, 320), (832, 480))
+    work = [replace(KREA, width=width, height=height) for width, height in sizes]
+    small, large = (predict(each, Topology(), H200, Link.NVLINK) for each in work)
+    assert small.decode == pytest.approx(17.0, rel=0.01)
+    assert large.decode == pytest.approx(36.6, rel=0.01)

@@ -1,0 +1,94 @@
+"""Figures of devices and links, each measured, and the cost of a chunk that follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from wanrt.parallel.topology import MeshKind, Topology
+from wanrt.parallel.workload import Workload, operations, traffic
+from wanrt.telemetry.simulator import StageCosts
+
+
+class Link(StrEnum):
+    """How devices of one machine reach each other."""
+
+    NVLINK = "nvlink"
+    HOST = "host"  # through host memory: PCIe boards without peer-to-peer
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of GPU. products, attention: reached TFLOP/s in bf16; decode, encode: ns a pixel of the VAE.
+
+    fixed: the part of a forward that does not shrink with the mesh (launches, whole-width norms and embeddings).
+    """
+
+    name: str
+    products: float
+    attention: float
+    decode: float
+    encode: float
+    fixed: float
+    slack: float
+
+
+# H200, bf16, 14B with random weights. Products: cuBLAS in the model's shapes; attention: cuDNN, 0.37 ms for a layer
+# of 2160 queries and 4320 keys; fixed: fitted to forwards of 1, 2 and 4 ranks, 89, 61 and 44 ms under TP; slack: a
+# compiled eager model against the sum of its parts, 521 ms against 450. VAE: 17.0 and 36.6 ms a latent at 576x320
+# and 832x480 (fastvae 0.1.0), the lone-frame encode from its 0.44 TFLOP.
+H200 = Device("H200", products=770, attention=500, decode=92.0, encode=16.0, fixed=0.1, slack=1.15)
+DEVICES = (H200,)
+
+# GB/s that a rank sends, and microseconds that each message costs before it flows. Fitted to the collectives of one
+# 14B forward (2160 tokens, bf16) between 2 and 4 H200: TP 12 and 14.5 ms, Ulysses 4.8 and 6.0 ms over NVLink; 95, 142,
+# 38 and 26 ms without peer-to-peer.
+LINKS = {Link.NVLINK: (240.0, 6.7), Link.HOST: (26.0, 0.0)}
+# Messages a layer and peer that wait; those of an all-reduce are in its bandwidth already.
+PER_LAYER = {MeshKind.SINGLE: 0, MeshKind.TP: 0, MeshKind.ULYSSES: 4}
+TRANSFER_MS = 0.5  # latents up and envelope down, a few hundred kilobytes with their launch and wake-up
+SPLIT_LOSS = 1.15  # halos and the exchange of a VAE split over several devices
+
+
+def known(name: str) -> Device | None:
+    """The figures for a device by the name that its driver gives, or None."""
+    return next((device for device in DEVICES if device.name.lower() in name.lower()), None)
+
+
+def mesh_ms(
+    work: Workload, topology: Topology, device: Device, link: Link, slack: float | None = None
+) -> float:
+    """Milliseconds of one chunk's forwards on the mesh, communication included."""
+    products, attention = operations(work)
+    alone = (products / device.products + attention / device.attention) * 1e-9
+    alone *= device.slack if slack is None else slack
+    shared = alone * (device.fixed + (1 - device.fixed) / topology.mesh)
+    rate, latency = LINKS[link]
+    messages = PER_LAYER[topology.kind] * (topology.mesh - 1) * work.layers * len(work.passes())
+    return shared + traffic(work, topology).mesh / rate * 1e-6 + messages * latency * 1e-3
+
+
+def predict(work: Workload, topology: Topology, device: Device, link: Link) -> StageCosts:
+    """Stage costs of a topology, for the simulator."""
+    wide = (work.vae_dim / 96) ** 2
+    split = SPLIT_LOSS / topology.vae if topology.vae > 1 else 1.0
+    return StageCosts(
+        mesh=mesh_ms(work, topology, device, link),
+        decode=device.decode * work.pixels * wide * split * 1e-6,
+        encode=device.encode * work.pixels * wide * 1e-6,
+        transfer=TRANSFER_MS if topology.pp1 else 0.0,
+    )
+
+
+def rescale(
+    measured: StageCosts, work: Workload, topology: Topology, device: Device, link: Link
+) -> StageCosts:
+    """Costs measured on one device carried over to `topology`, in the proportions of `predict`."""
+    base, there = predict(work, Topology(), device, link), predict(work, topology, device, link)
+    return StageCosts(
+        mesh=measured.mesh * there.mesh / base.mesh,
+        decode=measured.decode * there.decode / base.decode,
+        encode=measured.encode,
+        convert=measured.convert,
+        transfer=there.transfer,
+    )

@@ -1,0 +1,201 @@
+"""What a job asks of its devices, in whole numbers: parameters, tokens, bytes, operations. No torch, no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wanrt.parallel.topology import MeshKind, ModelShape, Topology
+
+if TYPE_CHECKING:
+    from wanrt.script import RenderJob
+
+CHUNK = 3  # latent frames
+LATENT_CHANNELS = 16
+MIB = 1 << 20
+GIB = 1 << 30
+
+# Decoder state of the Wan 2.1 VAE in 16 bits: 831 MiB at 576x320 for base dim 96, in proportion to both; counted
+# on the feature cache of Wan-Video/Wan2.1 wan/modules/vae.py at 9737cba.
+STATE_PER_PIXEL = 831 * MIB / (576 * 320)
+VAE_PARAMETERS = 126_892_531  # of Wan2.1_VAE.pth, base dim 96
+# Activations of the decoder's last stage: four frames of 96 channels, some four of them alive at once.
+DECODE_ALIVE = 4 * 4 * 96
+RUNTIME = int(
+    1.5 * GIB
+)  # CUDA context, cuBLAS and NCCL workspaces, fragmentation; measured on H200: 1.2 to 1.6
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes of one job. `element`: bytes of a transformer weight; `steps`: denoising steps of a chunk."""
+
+    dim: int
+    ffn_dim: int
+    layers: int
+    heads: int
+    text_dim: int
+    text_len: int
+    freq_dim: int
+    width: int
+    height: int
+    window: int
+    steps: int
+    recompute: bool
+    element: int
+    vae_dim: int
+    text_encoder: int  # parameters
+
+    @classmethod
+    def of(cls, job: RenderJob) -> Workload:
+        """The workload of a job; `auto` precision counts as bf16."""
+        t, text = job.preset.transformer, job.preset.text
+        encoder_layer = 4 * text.dim * text.attn_dim + 3 * text.dim * text.ffn_dim
+        return cls(
+            dim=t.dim,
+            ffn_dim=t.ffn_dim,
+            layers=t.num_layers,
+            heads=t.num_heads,
+            text_dim=t.text_dim,
+            text_len=t.text_len,
+            freq_dim=t.freq_dim,
+            width=job.width,
+            height=job.height,
+            window=job.window,
+            steps=len(job.steps),
+            recompute=job.preset.cache.policy == "recompute",
+            element=4 if job.precision == "fp32" else 2,
+            vae_dim=job.preset.vae.base_dim,
+            text_encoder=text.vocab * text.dim + text.num_layers * encoder_layer,
+        )
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of a latent frame."""
+        return (self.width // 16) * (self.height // 16)
+
+    @property
+    def pixels(self) -> int:
+        """Of one frame."""
+        return self.width * self.height
+
+    @property
+    def shape(self) -> ModelShape:
+        """What a split must divide."""
+        return ModelShape(self.heads, self.ffn_dim, self.frame_tokens)
+
+    @property
+    def split_parameters(self) -> int:
+        """Parameters of the transformer that tensor parallelism splits."""
+        d, f = self.dim, self.ffn_dim
+        attention = 4 * d * d + 3 * d + 2 * d  # q, k, v with bias, o without, two norms
+        return self.layers * (2 * attention + 2 * d * f + f)
+
+    @property
+    def whole_parameters(self) -> int:
+        """Parameters that every rank of a mesh holds."""
+        d = self.dim
+        layer = 2 * d + d + 2 * d + 6 * d  # biases of o and ffn, norm3, modulation
+        patch = 4 * LATENT_CHANNELS * d + d
+        text = self.text_dim * d + d + d * d + d
+        time = self.freq_dim * d + d + d * d + d + 6 * (d * d + d)
+        head = 4 * LATENT_CHANNELS * (d + 1) + 2 * d
+        return self.layers * layer + patch + text + time + head
+
+    def passes(self) -> list[tuple[int, int]]:
+        """(tokens, keys) of every forward of a steady chunk: context or commit pass, then the steps."""
+        context, chunk = self.window * self.frame_tokens, CHUNK * self.frame_tokens
+        clean = (context, context) if self.recompute else (chunk, context + chunk)
+        return [clean] + [(chunk, context + chunk)] * self.steps
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on one device, by what they are for."""
+
+    weights: int = 0
+    cache: int = 0
+    vae: int = 0
+    text: int = 0
+    work: int = 0
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.weights + self.cache + self.vae + self.text + self.work
+
+
+def memory(work: Workload, topology: Topology) -> list[DeviceMemory]:
+    """Estimated bytes on each device, in the order of `topology.ranks()`."""
+    return [
+        DeviceMemory(
+            weights=_weights(work, topology) if rank.mesh is not None else 0,
+            cache=_cache(work, topology.mesh) if rank.mesh is not None else 0,
+            vae=_vae(work, topology.vae) if rank.vae is not None else 0,
+            text=2 * work.text_encoder if rank.stage0 else 0,
+            work=RUNTIME + (_activations(work, topology) if rank.mesh is not None else 0),
+        )
+        for rank in topology.ranks()
+    ]
+
+
+def _weights(work: Workload, topology: Topology) -> int:
+    parts = topology.mesh if topology.kind is MeshKind.TP else 1
+    return work.element * (work.split_parameters // parts + work.whole_parameters)
+
+
+def _cache(work: Workload, mesh: int) -> int:
+    """Keys and values of self-attention (and the un-rotated keys of a rolling cache), and of the prompt."""
+    slots = 2 * (work.window + CHUNK) + (0 if work.recompute else work.window)
+    tokens = slots * work.frame_tokens + 2 * work.text_len
+    return work.element * work.layers * work.dim * tokens // mesh
+
+
+def _vae(work: Workload, parts: int) -> int:
+    wide = work.vae_dim / 96
+    state = STATE_PER_PIXEL * work.pixels * wide
+    alive = 2 * DECODE_ALIVE * work.pixels * wide
+    return int(2 * VAE_PARAMETERS * wide * wide + (state + alive) / parts)
+
+
+def _activations(work: Workload, topology: Topology) -> int:
+    """The widest moment of a layer: residual, q, k, v, attention output and the feed-forward's hidden values."""
+    tokens = max(work.window, CHUNK) * work.frame_tokens
+    if topology.kind is MeshKind.ULYSSES:
+        tokens //= topology.mesh
+    parts = topology.mesh if topology.kind is MeshKind.TP else 1
+    return work.element * tokens * (8 * work.dim + 2 * work.ffn_dim // parts)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one chunk. mesh: sent by each mesh rank to the others; stage0: between stage 0 and the mesh."""
+
+    mesh: int
+    stage0: int
+
+
+def traffic(work: Workload, topology: Topology) -> Traffic:
+    """What moves between devices for one chunk.
+
+    A ring all-reduce of x bytes sends 2 x (N-1)/N a rank; an all-to-all of a 1/N share sends x (N-1)/N^2. Tensor
+    parallelism has three of the former a layer, Ulysses four of the latter (q, k, v there, the output back).
+    """
+    n = topology.mesh
+    tokens = sum(tokens for tokens, _ in work.passes())
+    activation = tokens * work.dim * work.element * work.layers
+    mesh = {
+        MeshKind.SINGLE: 0.0,
+        MeshKind.TP: 3 * 2 * (n - 1) / n * activation,
+        MeshKind.ULYSSES: 4 * (n - 1) / n**2 * activation,
+    }[topology.kind]
+    latent = LATENT_CHANNELS * (work.height // 8) * (work.width // 8) * 4
+    return Traffic(int(mesh), (CHUNK + 1) * latent if topology.pp1 else 0)
+
+
+def operations(work: Workload) -> tuple[float, float]:
+    """Floating point operations of one chunk's forwards: (matrix products, attention)."""
+    d, f = work.dim, work.ffn_dim
+    products = sum(2.0 * tokens * (6 * d * d + 2 * d * f) for tokens, _ in work.passes())
+    attention = sum(4.0 * tokens * (keys + work.text_len) * d for tokens, keys in work.passes())
+    return work.layers * products, work.layers * attention
