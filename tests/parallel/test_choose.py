@@ -49,19 +49,18 @@ def test_ulysses_is_ahead_of_tensor_parallelism(n, link):
     assert rates[0] > rates[1] * (1.05 if link is Link.NVLINK else 1.5)
 
 
-@pytest.mark.parametrize(
-    ("devices", "want"), [(1, "single"), (2, "ulysses=2"), (3, "pp1+ulysses=2"), (5, "pp1+ulysses=4")]
-)
+RULE = [(1, "single"), (2, "ulysses=2"), (3, "pp1+ulysses=2"), (5, "pp1+ulysses=4")]
+
+
+@pytest.mark.parametrize(("devices", "want"), RULE)
 def test_the_rule_for_devices_without_figures(devices, want):
     choice = resolve("auto", KREA, Machine(devices, "some GPU", 200 * GIB), "anchor-only")
     assert str(choice.topology) == want
 
 
 def test_memory_is_refused_before_anything_loads():
-    with pytest.raises(
-        UsageError,
-        match=r"topology ulysses=4: rank 0 needs about 4\d\.\d GiB, its device has 40\.0 GiB; fits: pp1\+ulysses=3|fits: ",
-    ):
+    words = r"topology ulysses=4: rank 0 needs about 4\d\.\d GiB, its device has 40\.0 GiB; fits: "
+    with pytest.raises(UsageError, match=words):
         resolve("ulysses=4", KREA, Machine(4, "A100", 40 * GIB), "anchor-only")
     tight = Machine(4, "A100", 40 * GIB)
     chosen = resolve("auto", KREA, tight, "anchor-only").topology
@@ -76,9 +75,8 @@ def test_a_measured_run_is_carried_over():
     assert one.period == pytest.approx(950 + 3 * 34 + 6)
     two = forecast(KREA, Topology.parse("ulysses=2"), h200(2), "anchor-only", measured)
     guess = [forecast(KREA, Topology.parse(t), h200(2), "anchor-only") for t in ("single", "ulysses=2")]
-    assert two.fps_without_vae / one.fps_without_vae == pytest.approx(
-        guess[1].fps_without_vae / guess[0].fps_without_vae
-    )
+    gain = guess[1].fps_without_vae / guess[0].fps_without_vae
+    assert two.fps_without_vae / one.fps_without_vae == pytest.approx(gain)
     unknown = Machine(2, "some GPU")
     assert forecast(KREA, Topology(), unknown, "anchor-only", measured).period == one.period
     assert forecast(KREA, Topology.parse("tp=2"), unknown, "anchor-only", measured) is None

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from wanrt.models.attention import AttentionBackend, attend
 from wanrt.models.kv_cache import KVCache, Pass, PassPlan
-from wanrt.models.memory import CachedMemory, Elementwise, Memory, QKNorm
+from wanrt.models.memory import CachedMemory, Elementwise, Memory, QKNorm, turn
 from wanrt.models.rope import RopeTable
 from wanrt.models.transformer import SelfAttention, TextKV, WanTransformer
 from wanrt.parallel.collectives import gather, heads_to_tokens, tokens_to_heads
@@ -58,7 +58,7 @@ class UlyssesMemory:
     def attend(self, norms: QKNorm, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `CachedMemory.attend`, for `[B, F * m, C]` of this rank's tokens; gives `[B, F * m, H, D]`."""
         memory, plan = self.whole, self.whole.plan
-        query = self._turn(q, norms.query, norms, self._own_rope())
+        query = turn(self.ops, q, norms.query, norms, self._own_rope())
         mine = torch.stack((query, *self._key_value(norms, k, v)))
         query, key, value = tokens_to_heads(mine, plan.frames, self.group)
         memory.cache.write(memory.layer, plan, key, value)
@@ -76,20 +76,16 @@ class UlyssesMemory:
         self._commit(norms, k, value)
 
     def _key_value(self, norms: QKNorm, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        key = self._turn(k, norms.key, norms, self._own_rope())
+        key = turn(self.ops, k, norms.key, norms, self._own_rope())
         return key, v.unflatten(-1, (-1, norms.head_dim))
 
     def _own_rope(self) -> RopeTable:
         return own_rows(self.whole.rope, self.group.rank(), self.group.size())
 
-    def _turn(self, x: Tensor, weight: Tensor | None, norms: QKNorm, rope: RopeTable | None) -> Tensor:
-        cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
-        return self.ops.rope_norm(x, weight, cos, sin, head_dim=norms.head_dim, eps=norms.eps)
-
     def _commit(self, norms: QKNorm, k: Tensor, value: Tensor) -> None:
         memory, plan = self.whole, self.whole.plan
         if plan.pass_ is Pass.COMMIT:
-            raw = tokens_to_heads(self._turn(k, norms.key, norms, None), plan.frames, self.group)
+            raw = tokens_to_heads(turn(self.ops, k, norms.key, norms, None), plan.frames, self.group)
             memory.cache.commit(memory.layer, plan, raw, value)
 
 
