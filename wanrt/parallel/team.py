@@ -1,0 +1,261 @@
+"""Rank processes of one machine: started, heard, and never left behind.
+
+Stage 0's process starts the others and keeps a pipe to each. Down the pipe go commands; up come `Ready`, log lines,
+recorded spans and, when a rank fails, its last words. A pipe that closes is the end: a rank whose parent dies gets
+SIGKILL from the kernel, a parent whose rank dies hears of it at the next `check`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from wanrt.errors import RunError
+
+log = logging.getLogger("wanrt.parallel")
+
+LAST_LINES = 5
+SETTLE_S = 1.0  # after a failure: how long to wait for the other ranks' exits, to name the first cause
+GOODBYE_S = 5.0  # how long a rank may take to end before it is killed
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A rank is loaded and waits for work. `detail`: in words, for the log."""
+
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """A rank loads `part`; `seconds` it took, None when it begins."""
+
+    part: str
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a rank's log."""
+
+    level: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Spans:
+    """What a rank recorded since the last time (`Recorder.drain`)."""
+
+    batch: list[Any]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A rank's last words."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Member:
+    """One rank to start: its name, where it runs (for messages), and what its entry point is given."""
+
+    name: str
+    device: str
+    assignment: Any
+
+
+@dataclass
+class _Seat:
+    """A started rank and what was heard of it."""
+
+    member: Member
+    process: BaseProcess
+    pipe: Connection
+    ready: bool = False
+    failed: str = ""
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+
+    @property
+    def place(self) -> str:
+        return f"{self.member.name} ({self.member.device})"
+
+
+class Team:
+    """The ranks besides this process.
+
+    `heard` gets every `Spans` and `Loading` message with the rank's name.
+    """
+
+    def __init__(self, heard: Callable[[str, Spans | Loading], None] = lambda name, message: None) -> None:
+        self._seats: list[_Seat] = []
+        self._heard = heard
+        self._closed = False
+
+    def start(self, members: Iterable[Member], entry: Callable[[Connection, Any], None]) -> None:
+        """Starts a process for each member: `entry(pipe, assignment)`, a function of an importable module."""
+        context = multiprocessing.get_context("spawn")
+        for member in members:
+            mine, theirs = context.Pipe()
+            process = context.Process(
+                target=_run_member,
+                args=(entry, theirs, member.assignment),
+                name=f"wanrt {member.name}",
+                daemon=True,
+            )
+            process.start()
+            theirs.close()
+            self._seats.append(_Seat(member, process, mine))
+
+    def wait_ready(self, check: Callable[[], None] = lambda: None) -> None:
+        """Waits until every rank is ready; `check` is called meanwhile and may raise.
+
+        Raises `RunError` when a rank fails or dies first.
+        """
+        while not all(seat.ready for seat in self._seats):
+            check()
+            self._listen(0.2)
+            self.check()
+
+    def send(self, command: Any) -> None:
+        """Gives every rank a command. Raises `RunError` when one is gone."""
+        for seat in self._seats:
+            try:
+                seat.pipe.send(command)
+            except OSError as error:
+                raise self.failure(f"cannot reach {seat.place}") from error
+
+    def check(self) -> None:
+        """Takes in what the ranks said. Raises `RunError` when one has failed or died. Never waits."""
+        self._listen(0.0)
+        if any(seat.failed or not seat.process.is_alive() for seat in self._seats):
+            raise self.failure("a rank ended")
+
+    def failure(self, what: str) -> RunError:
+        """The error to raise when the ranks stopped answering: who failed first, where, and its last log lines."""
+        deadline = time.monotonic() + SETTLE_S
+        while time.monotonic() < deadline and not self._culprit():
+            self._listen(0.05)
+        seat = self._culprit()
+        if seat is None:
+            silent = ", ".join(s.place for s in self._seats if not s.failed) or "no rank"
+            return RunError(f"{what}; without an answer: {silent}")
+        self._listen(0.0)
+        said = seat.failed or _cause_of_death(seat.process.exitcode)
+        tail = f"; last lines: {' | '.join(seat.lines)}" if seat.lines else ""
+        return RunError(f"{seat.place} failed: {said}{tail}")
+
+    def close(self) -> None:
+        """Ends every rank: by its pipe, then by force. Safe to call twice."""
+        for seat in self._seats:
+            with contextlib.suppress(OSError):
+                seat.pipe.send(None)
+        deadline = time.monotonic() + GOODBYE_S
+        for seat in self._seats:
+            self._drain_until_gone(seat, deadline)
+            if seat.process.is_alive():
+                log.warning("%s did not end by itself: killed", seat.place)
+                seat.process.kill()
+            seat.process.join()
+            seat.pipe.close()
+        self._seats = []
+
+    def _drain_until_gone(self, seat: _Seat, deadline: float) -> None:
+        """A rank may be blocked on a full pipe: keep reading while it ends."""
+        while seat.process.is_alive() and time.monotonic() < deadline and not seat.failed:
+            self._hear(seat, 0.05)
+            seat.process.join(0.01)
+
+    def _culprit(self) -> _Seat | None:
+        """Who failed first: a rank that was killed, else one that said why, else one that is gone."""
+        killed = (s for s in self._seats if (s.process.exitcode or 0) < 0)
+        spoke = (s for s in self._seats if s.failed and "connection" not in s.failed.lower())
+        gone = (s for s in self._seats if s.failed or s.process.exitcode is not None)
+        return next(killed, None) or next(spoke, None) or next(gone, None)
+
+    def _listen(self, seconds: float) -> None:
+        """Reads what is there, waiting up to `seconds` for something."""
+        open_pipes = [seat.pipe for seat in self._seats if not seat.pipe.closed]
+        wait(open_pipes, seconds)
+        for seat in self._seats:
+            self._hear(seat, 0.0)
+
+    def _hear(self, seat: _Seat, seconds: float) -> None:
+        try:
+            while seat.pipe.poll(seconds):
+                self._take(seat, seat.pipe.recv())
+        except (EOFError, OSError):
+            if seat.process.is_alive():
+                seat.process.join(SETTLE_S)
+
+    def _take(self, seat: _Seat, message: Any) -> None:
+        if isinstance(message, Line):
+            seat.lines.append(message.text)
+            log.log(message.level, "%s: %s", seat.member.name, message.text)
+        elif isinstance(message, Failed):
+            seat.failed = message.text
+        elif isinstance(message, Ready):
+            seat.ready = True
+            log.info("%s is ready%s", seat.place, f": {message.detail}" if message.detail else "")
+        else:
+            self._heard(seat.member.name, message)
+
+
+def _cause_of_death(code: int | None) -> str:
+    if code is None:
+        return "does not answer"
+    return f"killed by signal {-code}" if code < 0 else f"ended with code {code}"
+
+
+def _run_member(entry: Callable[[Connection, Any], None], pipe: Connection, assignment: Any) -> None:
+    """A rank's process: dies with its parent, leaves Ctrl-C to it, says why when it fails."""
+    import signal
+
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with _logging_into(pipe):
+        try:
+            entry(pipe, assignment)
+        except (EOFError, BrokenPipeError):  # the parent is gone
+            return
+        except BaseException as error:
+            words = " ".join(str(error).split()) or type(error).__name__
+            with contextlib.suppress(OSError):
+                pipe.send(Failed(words[:500]))
+            raise SystemExit(1) from error
+
+
+@contextlib.contextmanager
+def _logging_into(pipe: Connection) -> Iterator[None]:
+    """The log of wanrt goes up the pipe."""
+
+    class ToParent(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            with contextlib.suppress(OSError):
+                pipe.send(Line(record.levelno, record.getMessage()))
+
+    logger = logging.getLogger("wanrt")
+    logger.handlers[:] = [ToParent()]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    yield
+
+
+def _die_with_parent() -> None:
+    """Linux: SIGKILL when the parent's main thread ends, however it ends."""
+    import ctypes
+    import signal
+
+    pr_set_pdeathsig = 1  # <linux/prctl.h>
+    try:
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    except (OSError, AttributeError):
+        log.debug("no prctl here: a rank ends with its pipe")
