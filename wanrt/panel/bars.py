@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -130,9 +131,11 @@ def progress(share: float, width: int, glyphs: Glyphs) -> tuple[str, str]:
     return done, (glyphs.bar if glyphs.reversible else "-") * (width - len(done))
 
 
-def nice_window(period_s: float | None, periods: float = 6) -> float:
-    """A round number of seconds that shows about `periods` chunks; 10 when the period is unknown."""
+WINDOWS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600)
+
+
+def nice_window(period_s: float | None, periods: float = 8) -> float:
+    """The round number of seconds that shows nearest to `periods` chunks; 10 when the period is unknown."""
     if not period_s:
         return 10.0
-    wanted = period_s * periods
-    return next((s for s in (1, 2, 3, 5, 8, 10, 15, 20, 30, 60, 120, 300) if s >= wanted), 600.0)
+    return float(min(WINDOWS, key=lambda s: abs(math.log(s / (period_s * periods)))))

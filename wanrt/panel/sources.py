@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import psutil
 
 from wanrt.panel.snapshot import Block, Memory, StageRow
-from wanrt.telemetry import Recorder, Span, Stats
+from wanrt.telemetry import Recorder, Span, StageStats, Stats
 
 
 def stage_rows(recorder: Recorder, stats: Stats, seconds: float = 60.0) -> tuple[StageRow, ...]:
@@ -21,7 +21,7 @@ def stage_rows(recorder: Recorder, stats: Stats, seconds: float = 60.0) -> tuple
     now = recorder.clock()
     shared = [s.stage for s in stats.stages]
     rows = []
-    for stage in stats.stages:
+    for stage in sorted(stats.stages, key=_place):
         spans = [s for s in recent if (s.stage, s.rank) == (stage.stage, stage.rank)]
         if not spans and stage.busy_s == 0:
             continue
@@ -37,6 +37,12 @@ def stage_rows(recorder: Recorder, stats: Stats, seconds: float = 60.0) -> tuple
             )
         )
     return tuple(rows)
+
+
+def _place(stage: StageStats) -> tuple[int, str]:
+    """Mesh first, then stage 0, then what comes after them; ranks in order."""
+    order = ("mesh", "stage0")
+    return (order.index(stage.stage) if stage.stage in order else len(order), stage.rank)
 
 
 def _blocks(spans: Iterable[Span], now: int, join_s: float = 1e-3) -> tuple[Block, ...]:
