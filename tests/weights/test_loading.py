@@ -154,7 +154,8 @@ def test_only_the_first_ten_are_spelled_out(zoo, tmp_path):
     message = findings(path, load_transformer, zoo.configs[Kind.TRANSFORMER])
     assert message.count("missing ") == 10
     assert "and 17 more" in message
-    assert "1 layers" in message  # what it is instead
+    assert "got Wan transformer (dim 256, 1 layers)" in message
+    assert "which does not fit Wan transformer (dim 256, 2 layers)" in message
 
 
 def test_a_foreign_naming_with_an_extra_tensor(zoo, tmp_path):
@@ -258,7 +259,7 @@ def test_taehv_is_known_by_content(tmp_path):
     want = TinyVae(TinyVaeConfig())
     path = tmp_path / "taew2_1.pth"
     torch.save(want.state_dict(), path)
-    assert open_checkpoint(path).describe() == "TAEHV tiny VAE 11.3M, float32"
+    assert open_checkpoint(path).describe() == "TAEHV tiny VAE, 11.3M float32"
     model = load_vae(path, dtype=torch.float32)
     assert isinstance(model, TinyVae)
     latents = torch.randn(1, 16, 1, 4, 6)
@@ -325,14 +326,14 @@ def test_the_public_layouts_are_recognised():
     for build, said in (
         (
             lambda: WanTransformer(_config(5120, 13824, 40)),
-            "Wan transformer 14.3B (dim 5120, 40 layers), float32",
+            "Wan transformer (dim 5120, 40 layers), 14.3B float32",
         ),
         (
             lambda: WanTransformer(_config(1536, 8960, 30)),
-            "Wan transformer 1.4B (dim 1536, 30 layers), float32",
+            "Wan transformer (dim 1536, 30 layers), 1.4B float32",
         ),
-        (lambda: WanVae(VaeConfig()), "Wan VAE 126.9M (base dim 96), float32"),
-        (lambda: WanVae(VaeConfig(base_dim=24)), "LightVAE 8.0M (base dim 24), float32"),
+        (lambda: WanVae(VaeConfig()), "Wan VAE (base dim 96), 126.9M float32"),
+        (lambda: WanVae(VaeConfig(base_dim=24)), "LightVAE (base dim 24), 8.0M float32"),
     ):
         checkpoint = identify(TensorsSource(build_on_meta(build).state_dict(), "meta"))
         assert checkpoint.describe() == said

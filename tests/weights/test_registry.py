@@ -194,6 +194,15 @@ def test_names_of_the_embedded_model(tmp_path):
     assert resolve(TINY, tmp_path, nowhere(tmp_path)).tokenizer == tmp_path / "tokenizer.json"
 
 
+def test_the_directory_of_all_models_does_not_replace_the_embedded_one(tmp_path):
+    (tmp_path / "vae.safetensors").write_bytes(b"of some other model")
+    environ = nowhere(tmp_path) | {VARIABLE: str(tmp_path)}
+    assert (
+        find_parts(TINY, search_directories(None, environ), environ).get("vae")
+        != tmp_path / "vae.safetensors"
+    )
+
+
 def test_every_preset_can_be_pulled_or_is_embedded():
     from wanrt.script.preset import preset_names
 

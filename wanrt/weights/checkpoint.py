@@ -71,7 +71,7 @@ class Checkpoint:
         """One line: kind, sizes, naming, dtype."""
         dtype = str(self.dtypes().most_common(1)[0][0]).removeprefix("torch.") if self.names else "empty"
         scheme = "" if self.naming is Naming.ORIGINAL else f", {self.naming} names"
-        return f"{_title(self.kind, self.config, self.parameters())}, {dtype}{scheme}"
+        return f"{describe_sizes(self.kind, self.config)}, {_count(self.parameters())} {dtype}{scheme}"
 
 
 def open_checkpoint(path: str | Path, entries: Sequence[str] = MODEL_ENTRIES) -> Checkpoint:
@@ -178,14 +178,17 @@ _READERS: Mapping[Kind, Callable[[Mapping[str, tuple[int, ...]]], Config]] = {
 }
 
 
-def _title(kind: Kind, config: Config | None, parameters: int) -> str:
-    size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
+def describe_sizes(kind: Kind, config: object) -> str:
+    """A model's family and sizes in a few words."""
     if isinstance(config, TransformerConfig):
-        return f"Wan transformer {size} (dim {config.dim}, {config.num_layers} layers)"
+        return f"Wan transformer (dim {config.dim}, {config.num_layers} layers)"
     if isinstance(config, VaeConfig):
-        name = "LightVAE" if config.base_dim == LIGHT_VAE_DIM else "Wan VAE"
-        return f"{name} {size} (base dim {config.base_dim})"
+        return f"{'LightVAE' if config.base_dim == LIGHT_VAE_DIM else 'Wan VAE'} (base dim {config.base_dim})"
     if isinstance(config, TextEncoderConfig):
-        return f"UMT5 encoder {size} (dim {config.dim}, {config.num_layers} layers)"
+        return f"UMT5 encoder (dim {config.dim}, {config.num_layers} layers)"
     names = {Kind.TINY_VAE: "TAEHV tiny VAE", Kind.LORA: "LoRA", Kind.UNKNOWN: "unknown tensors"}
-    return f"{names.get(kind, f'damaged {kind}')} {size}"
+    return names.get(kind, f"damaged {kind}")
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"

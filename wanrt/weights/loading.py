@@ -20,7 +20,7 @@ from wanrt.models.text_encoder import TextEncoderConfig, UMT5Encoder
 from wanrt.models.tokenizer import PromptTokenizer
 from wanrt.models.transformer import TransformerConfig, WanTransformer
 from wanrt.models.vae import VaeConfig, WanVae
-from wanrt.weights.checkpoint import Checkpoint, open_checkpoint, with_statistics
+from wanrt.weights.checkpoint import Checkpoint, describe_sizes, open_checkpoint, with_statistics
 from wanrt.weights.lora import BASE_ENTRIES, merge_lora
 from wanrt.weights.names import Kind
 from wanrt.weights.precision import stored_dtype
@@ -109,7 +109,7 @@ def load_tokenizer(path: str | Path, text_len: int, vocab: int) -> PromptTokeniz
     """Load the tokenizer of a text encoder with `vocab` embeddings.
 
     Raises WeightsError for a file that is no tokenizer, or that of another encoder: ids beyond the embeddings, or so
-    few that most embeddings would go unused (encoders round their vocabulary up, UMT5 by 84 of 256,384).
+    few that most embeddings would go unused. (Encoders round their vocabulary up, so the two are rarely equal.)
     """
     tokenizer = PromptTokenizer.from_file(path, text_len)
     if belong_together(tokenizer.vocab_size, vocab):
@@ -169,7 +169,8 @@ def fill(
         WeightsError: tensors missing, extra, misshapen, not floating point, or with NaN or Inf.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    check_shapes(checkpoint, expected, slicer)
+    wanted = describe_sizes(checkpoint.kind, getattr(module, "config", None))
+    check_shapes(checkpoint, expected, slicer, wanted)
     logger.info("%s: loading %s on %s as %s", checkpoint.path, checkpoint.describe(), device, dtype)
     reader = _Reader(checkpoint, torch.device(device))
     kind = checkpoint.kind
@@ -180,8 +181,16 @@ def fill(
     return module.eval().requires_grad_(False)
 
 
-def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, Shape], slicer: Slicer | None = None) -> None:
-    """Raise WeightsError unless the checkpoint has exactly these tensors; the first ten findings are listed."""
+def check_shapes(
+    checkpoint: Checkpoint,
+    expected: Mapping[str, Shape],
+    slicer: Slicer | None = None,
+    wanted: str = "the model",
+) -> None:
+    """Raise WeightsError unless the checkpoint has exactly these tensors; the first ten findings are listed.
+
+    `wanted` describes the model that they are for.
+    """
     got = checkpoint.shapes()
     findings = [f"missing {name} {_list(shape)}" for name, shape in expected.items() if name not in got]
     findings += [f"extra {name} {_list(shape)}" for name, shape in got.items() if name not in expected]
@@ -194,7 +203,7 @@ def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, Shape], slicer: 
         more = f" and {len(findings) - LISTED} more" if len(findings) > LISTED else ""
         listed = "; ".join(sorted(findings, key=_finding_order)[:LISTED])
         raise WeightsError(
-            f"{checkpoint.path}: {checkpoint.describe()} does not fit: {listed}{more};"
+            f"{checkpoint.path}: got {checkpoint.describe()}, which does not fit {wanted}: {listed}{more};"
             " `wanrt weights check` says which preset it fits"
         )
 

@@ -17,6 +17,7 @@ import platformdirs
 
 from wanrt.errors import WeightsError
 from wanrt.weights.files import find_checkpoints
+from wanrt.weights.names import Kind
 
 if TYPE_CHECKING:
     from wanrt.script.preset import Preset
@@ -180,7 +181,7 @@ def fits(preset: Preset, part: str, checkpoint: Checkpoint) -> bool:
             return preset.vae.kind == "wan" and same == want_vae
         case "text_encoder", TextEncoderConfig() as got:
             return got == preset.text_config()
-    return part == "vae" and preset.vae.kind == "taehv" and checkpoint.kind == "tiny vae"
+    return part == "vae" and preset.vae.kind == "taehv" and checkpoint.kind is Kind.TINY_VAE
 
 
 def _parts_beside(preset: Preset, transformer: Path) -> tuple[str, ...]:
@@ -196,7 +197,7 @@ def _parts_beside(preset: Preset, transformer: Path) -> tuple[str, ...]:
 def _find(
     preset: Preset, part: str, directories: tuple[Path, ...], environ: Mapping[str, str]
 ) -> Path | None:
-    for directory in directories:
+    for directory in _places(preset, directories, environ):
         for name in file_names(preset, part):
             if (directory / name).is_file():
                 return directory / name
@@ -205,6 +206,14 @@ def _find(
     if part in KNOWN_BY_CONTENT and not preset.weights.embedded:
         return _find_by_content(preset, part, directories)
     return _asset(part) if preset.weights.embedded else None
+
+
+def _places(preset: Preset, directories: tuple[Path, ...], environ: Mapping[str, str]) -> tuple[Path, ...]:
+    """Where to look by name. An embedded model has plain names (vae.safetensors): only a directory that the user
+    names for this run may replace its files, not the one where all models lie.
+    """
+    shared = weights_directory(None, environ)
+    return tuple(d for d in directories if d != shared) if preset.weights.embedded else directories
 
 
 def _find_cached(source: HubFile | None, environ: Mapping[str, str]) -> Path | None:
