@@ -159,6 +159,5 @@ def test_absent_restarted_and_the_recording_is_whole(nginx, tmp_path, generator,
     recording = decode(tmp_path / "a.mp4")
     assert len(recording.frames) == written
     assert recording.starts == [Fraction(number, 24) for number in range(written)]
-    assert live.state.repeated == 0
     assert "s3cret" not in caplog.text
     assert "127.0.0.1: live again (connection 3)" in caplog.text

@@ -150,7 +150,7 @@ class EncoderSettings:
 class VideoEncoder:
     """An open encoder and the fragmented-MP4 header of its stream.
 
-    Call order: `encode` for each frame, `drain` once, nothing after it. Timestamps are frame numbers in
+    Call order: `encode` for each frame, `drain` once, `close`. Timestamps are frame numbers in
     units of 1 / fps.
 
     Raises:
@@ -160,7 +160,7 @@ class VideoEncoder:
     def __init__(self, settings: EncoderSettings) -> None:
         self.settings = settings
         self.frames = 0
-        self.closed = False
+        self.drained = False
         self._header = io.BytesIO()
         if settings.kind.name == "libsvtav1":
             os.environ.setdefault(
@@ -207,9 +207,15 @@ class VideoEncoder:
         return self._timed(self.stream.codec_context.encode(frame))
 
     def drain(self) -> list[Packet]:
-        """The packets that the encoder still holds; the encoder is closed after it."""
-        self.closed = True
+        """The packets that the encoder still holds; it takes no frame after this."""
+        self.drained = True
         return self._timed(self.stream.codec_context.encode(None))
+
+    def close(self) -> None:
+        """Let go of the encoder, drained or not; its header stays. Nothing may use `stream` afterwards."""
+        self.drained = True
+        self._header = io.BytesIO(self.header)  # the muxer ends its own copy
+        self._container.close()
 
     def _timed(self, packets: Iterable[Packet]) -> list[Packet]:
         """Give each packet its duration, so that the last frame lasts as long as the others."""
@@ -289,6 +295,7 @@ def trial_encode(settings: EncoderSettings) -> str | None:
     try:
         encoder = VideoEncoder(settings)
         packets = [packet for _ in range(4) for packet in encoder.encode(grey)] + encoder.drain()
+        encoder.close()
     except OutputError as error:
         return str(error)
     except MEDIA_ERRORS as error:

@@ -34,6 +34,7 @@ log = logging.getLogger("wanrt.output")
 
 BITS_PER_PIXEL = 0.12  # of H.264 at a low-motion live quality
 LEAST_BITS = 250_000
+ENDED = (DeliveryPhase.CLOSED, DeliveryPhase.FAILED)
 
 
 def default_bits(spec: VideoSpec) -> int:
@@ -201,6 +202,8 @@ class LiveSink(Sink):
         self._thread.join()
         for delivery in self._deliveries:
             delivery.close()
+        if all(delivery.state.phase in ENDED for delivery in self._deliveries):
+            self._encoder.close()
 
     # the thread
 

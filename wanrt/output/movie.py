@@ -110,14 +110,16 @@ class MovieSink(FragmentedSink):
         self._fragments += 1
 
     def _close(self) -> None:
-        if not self._encoder.closed:
+        if not self._encoder.drained:
             with output_errors(self.target.path):
                 self._packets += self._encoder.drain()
         self.flush_chunk()
+        self._encoder.close()
         self._file.close()
 
     def _release(self) -> None:
         self._packets = []
+        self._encoder.close()
         self._file.close()
         if not self._fragments:
             self.frames_written = 0
