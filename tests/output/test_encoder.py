@@ -44,6 +44,15 @@ def test_trial_encode_tells_working_from_broken():
     assert "libx264: cannot be opened" in trial_encode(settings)
 
 
+def test_hardware_that_is_not_there_says_why():
+    kind = ENCODERS["h264"][0]
+    settings = choose_encoder("h264", SPEC, Quality(), kinds=[kind], trial=lambda _: None)
+    reason = trial_encode(settings)
+    if reason is None:
+        pytest.skip("this machine has NVENC")
+    assert reason != "encoder h264_nvenc: cannot be opened (Operation not permitted)"
+
+
 def test_missing_encoders_leave_the_second_path(tmp_path, monkeypatch, caplog, decode, movie):
     monkeypatch.setitem(ENCODERS, "h264", (EncoderKind("libx264_gone", "nv12", ENCODERS["h264"][1].options),))
     assert choose_encoder("h264", SPEC, Quality()) is None

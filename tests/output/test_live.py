@@ -1,8 +1,11 @@
 """Live streams to real receivers: the bundled ffmpeg as server, and servers that misbehave."""
 
+import contextlib
 import logging
 import re
+import shutil
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -177,6 +180,52 @@ def test_what_is_no_rtmp_server(answer, match):
         RtmpConnection(address, connect_seconds=0.5)
     assert str(caught.value).startswith("rtmp://127.0.0.1: ")
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """A certificate for 127.0.0.1 that signs itself, with its key, in one file."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl")
+    key, signed, both = (tmp_path / name for name in ("key.pem", "signed.pem", "both.pem"))
+    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
+    subprocess.run([*command, "-keyout", key, "-out", signed], check=True, capture_output=True)
+    both.write_bytes(key.read_bytes() + signed.read_bytes())
+    return both
+
+
+def pump(source, sink):
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+
+def test_rtmps(tmp_path, receiver, free_port, certificate, monkeypatch, decode, movie, eventually):
+    """TLS ends in a proxy here; behind it ffmpeg speaks RTMP. Without trust in the certificate nothing is sent."""
+    behind = free_port()
+    receiver("-listen", 1, "-i", f"rtmp://127.0.0.1:{behind}/live/s3cret", "-c", "copy", tmp_path / "a.flv")
+    time.sleep(0.3)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+
+    def handle(plain):
+        with contextlib.suppress(OSError), context.wrap_socket(plain, server_side=True) as outside:
+            inside = socket.create_connection(("127.0.0.1", behind))
+            threading.Thread(target=pump, args=(inside, outside), daemon=True).start()
+            pump(outside, inside)
+
+    url = f"rtmps://127.0.0.1:{server(handle)}/live/s3cret"
+    with pytest.raises(OutputError, match="certificate verify failed") as caught:
+        RtmpConnection(Address.parse(url), connect_seconds=2)
+    assert "s3cret" not in str(caught.value)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    sink = LiveSink([url], SPEC, threads=1)
+    eventually(lambda: phases(sink) == [DeliveryPhase.LIVE])
+    sink.write(movie(48))
+    sink.finish()
+    eventually(lambda: (tmp_path / "a.flv").exists() and len(decode(tmp_path / "a.flv").frames) == 48)
 
 
 def test_rtmps_needs_a_certificate_that_holds():

@@ -161,3 +161,31 @@ def test_absent_restarted_and_the_recording_is_whole(nginx, tmp_path, generator,
     assert recording.starts == [Fraction(number, 24) for number in range(written)]
     assert "s3cret" not in caplog.text
     assert "127.0.0.1: live again (connection 3)" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_soak(nginx, tmp_path, generator, decode, eventually):
+    """Ten minutes, five restarts of the server with up to ten seconds of absence each."""
+    live = LiveSink([nginx.url()], SPEC, latency=1, threads=1)
+    tee = TeeSink([QueuedSink(open_sink(tmp_path / "a.mp4", SPEC, threads=1)), live])
+    nginx.start()
+    generator(tee)
+    recoveries = []
+    for absence in (0, 1, 3, 6, 10):
+        time.sleep(100)
+        nginx.stop()
+        time.sleep(absence)
+        nginx.start()
+        returned = time.monotonic()
+        eventually(lambda: is_live(live) and live.state.targets[0].queued == 0, 20)
+        recoveries.append(time.monotonic() - returned)
+    time.sleep(60)
+    written = generator.finish()
+    tee.finish()
+    state = live.state
+    print(recoveries, state)
+    assert max(recoveries) < 5
+    assert state.targets[0].connections == 6
+    assert state.targets[0].sent + state.targets[0].dropped == state.ticks
+    assert len(decode(tmp_path / "a.mp4").frames) == written

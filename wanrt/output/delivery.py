@@ -162,11 +162,15 @@ class Delivery:
                 self._drop_all()
             self._changed.notify_all()
 
-    def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Send what is queued if that is soon done, and close."""
+    def end(self) -> None:
+        """Take nothing more; returns at once. `close` waits for the end."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Send what is queued if that is soon done, and close."""
+        self.end()
         self._thread.join(seconds)
         connection = self._connection
         if self._thread.is_alive() and connection:

@@ -19,7 +19,7 @@ import numpy as np
 
 from wanrt.errors import OutputError
 
-from .errors import MEDIA_ERRORS, words
+from .errors import MEDIA_ERRORS, ffmpeg_reasons, words
 from .quality import Quality
 from .spec import VideoSpec
 
@@ -293,7 +293,8 @@ def trial_encode(settings: EncoderSettings) -> str | None:
     spec = settings.spec
     grey = np.full((spec.height * 3 // 2, spec.width), 128, np.uint8)
     try:
-        encoder = VideoEncoder(settings)
+        with ffmpeg_reasons():
+            encoder = VideoEncoder(settings)
         packets = [packet for _ in range(4) for packet in encoder.encode(grey)] + encoder.drain()
         encoder.close()
     except OutputError as error:

@@ -47,3 +47,20 @@ def output_errors(path: Path | str) -> Iterator[None]:
         raise
     except MEDIA_ERRORS as error:
         raise OutputError(f"{path}: {describe(error)}") from error
+
+
+@contextmanager
+def ffmpeg_reasons() -> Iterator[None]:
+    """Let FFmpeg's own words into PyAV's errors ("Cannot load libcuda.so.1" for "Operation not permitted").
+
+    PyAV keeps the last line of the log for that, but only while the log is on; nothing is printed meanwhile.
+    """
+    import av.logging
+
+    before = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture():
+            yield
+    finally:
+        av.logging.set_level(before)

@@ -201,6 +201,8 @@ class LiveSink(Sink):
             self._changed.notify_all()
         self._thread.join()
         for delivery in self._deliveries:
+            delivery.end()
+        for delivery in self._deliveries:
             delivery.close()
         if all(delivery.state.phase in ENDED for delivery in self._deliveries):
             self._encoder.close()

@@ -215,13 +215,17 @@ class RtmpConnection:
 
     def listen(self) -> None:
         """Handle what has arrived, without waiting. Raises OutputError when the server has gone or refuses."""
-        while self._buffer or select.select([self._socket], [], [], 0)[0]:
+        while self._buffer or self._decrypted() or select.select([self._socket], [], [], 0)[0]:
             self._deadline = time.monotonic() + self._stall
             kind, data = self._read_message()
             if kind == COMMAND:
                 self._status(self._decoded(data))
             else:
                 self._control(kind, data)
+
+    def _decrypted(self) -> bool:
+        """TLS holds bytes that `select` does not see."""
+        return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
 
     def _control(self, kind: int, data: bytes) -> None:
         number = int.from_bytes(data[:4], "big")

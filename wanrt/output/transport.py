@@ -129,7 +129,14 @@ class Writer:
     """Where the bytes of a transport stream go: an unseekable file that PyAV can write to."""
 
     def __init__(self, send: Callable[[bytes], None], close: Callable[[], None]) -> None:
-        self._send, self.close = send, close
+        self._send, self._close = send, close
+        self.closed = False  # PyAV asks, before it ends a stream that nobody closed
+
+    def close(self) -> None:
+        """Let go of the socket or process; harmless when closed."""
+        if not self.closed:
+            self.closed = True
+            self._close()
 
     def write(self, data: bytes) -> int:
         """Send all of it; raises OutputError."""
