@@ -9,7 +9,7 @@ import torch
 from wanrt.pipeline.build import Tuning, Wiring, join, make_recorder
 from wanrt.pipeline.devices import choose_precision
 from wanrt.pipeline.lanes import OneLane
-from wanrt.pipeline.models import load_models
+from wanrt.pipeline.models import load_stage0, load_transformer
 from wanrt.script import RenderJob, Timeline, load_preset
 
 pytestmark = [
@@ -31,12 +31,13 @@ def job():
 @pytest.fixture(scope="module")
 def models(job):
     device = torch.device("cuda", 0)
-    return load_models(job, None, device, choose_precision(job.precision, device), lambda part, seconds: None)
+    about = (job, None, device, choose_precision(job.precision, device), lambda part, seconds: None)
+    return load_stage0(*about), load_transformer(*about)
 
 
 def frames_of(job, models, tuning, lanes=None):
     device = torch.device("cuda", 0)
-    pipeline = join(job, models, device, Wiring(make_recorder(job, device, None)), tuning)
+    pipeline = join(job, *models, device, Wiring(make_recorder(job, device, None)), tuning)
     if lanes is not None:
         pipeline._lanes = pipeline._pixels._lanes = lanes
     return torch.cat([frames.pixels.cpu() for frames in pipeline.run()])
@@ -70,7 +71,7 @@ def test_the_same_twice(job, models):
 def test_no_sync_inside_a_run(job, models, anchor):
     device = torch.device("cuda", 0)
     changed = replace(job, anchor=anchor)
-    pipeline = join(changed, models, device, Wiring(make_recorder(changed, device, None)), Tuning())
+    pipeline = join(changed, *models, device, Wiring(make_recorder(changed, device, None)), Tuning())
     frames = pipeline.run()
     shown = [next(frames)]
     torch.cuda.set_sync_debug_mode("error")

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from wanrt.errors import RunError
 from wanrt.pipeline.lanes import Flag, OneLane, lanes_for
 
 
@@ -107,4 +108,24 @@ def test_cpu_has_one_lane_and_flags_are_ready():
     assert isinstance(lanes_for(torch.device("cpu")), OneLane)
     flag = Flag(torch.tensor(False))
     assert flag.ready
-    assert flag.value is False
+    assert flag.wait() is False
+
+
+class Never:
+    """An event that the device never reaches."""
+
+    def query(self):
+        return False
+
+
+def test_a_flag_that_never_comes_is_an_error():
+    flag = Flag(torch.tensor(True))
+    flag._event = Never()
+    with pytest.raises(RunError, match=r"for 0.01 s"):
+        flag.wait(limit_s=0.01)
+
+    def dead():
+        raise RunError("mesh1 failed")
+
+    with pytest.raises(RunError, match="mesh1"):
+        flag.wait(dead)

@@ -10,7 +10,7 @@ from wanrt.models.transformer import WanTransformer
 from wanrt.models.vae import WanVae
 from wanrt.pipeline.build import Wiring, join
 from wanrt.pipeline.context import AnchorPolicy
-from wanrt.pipeline.models import Models, hashed_embedding
+from wanrt.pipeline.models import Stage0Models, hashed_embedding
 from wanrt.script import Curve, RenderJob, Scene, Timeline, load_preset
 from wanrt.telemetry import Recorder
 
@@ -41,14 +41,14 @@ def models(job):
     torch.manual_seed(0)
     transformer = WanTransformer(job.preset.transformer_config()).eval().requires_grad_(False)
     vae = WanVae(job.preset.vae_config()).eval().requires_grad_(False)
-    return Models(transformer, vae, lambda prompt: hashed_embedding(32, CPU, prompt))
+    return Stage0Models(vae, lambda prompt: hashed_embedding(32, CPU, prompt)), transformer
 
 
 @pytest.fixture(scope="module")
 def make(models):
     def make(job):
         """Latents of all chunks and all frames of a job."""
-        pipeline = join(job, models, CPU, Wiring(Recorder()))
+        pipeline = join(job, *models, CPU, Wiring(Recorder()))
         latents, receive = [], pipeline._mesh.receive
 
         def listening():
@@ -92,29 +92,30 @@ def test_matches_a_loop_without_streaming(job, models, make):
 
     sigmas = [t / 1000 for t in (1000, 937.5, 833.33333, 625)]
     config, latents = job.preset.transformer_config(), []
+    stage0, transformer = models
 
     def embedding(chunk):
-        ball, star, sunset = (models.encode(text) for text in ("a ball", "a star", "a sunset"))
+        ball, star, sunset = (stage0.encode(text) for text in ("a ball", "a star", "a sunset"))
         if chunk < 4:
             return ball
         fraction = {4: 6 / 24, 5: 18 / 24}.get(chunk, 1.0)
         return slerp(ball, lerp(star, sunset, 0.3), fraction)
 
     def decode(count):
-        state = models.vae.decoder_state()
-        return torch.cat([models.vae.decode(z, state) for z in latents[:count]], dim=2)
+        state = stage0.vae.decoder_state()
+        return torch.cat([stage0.vae.decode(z, state) for z in latents[:count]], dim=2)
 
     for chunk in range(7):
         cache = KVCache.allocate(config, policy=CachePolicy.RECOMPUTE, frames=3, grid=(2, 3))
-        text = models.transformer.embed_text(embedding(chunk))
+        text = transformer.embed_text(embedding(chunk))
         if chunk:
-            first = latents[0] if chunk == 1 else models.vae.encode_frame(decode(3 * chunk - 2)[:, :, -1:])
+            first = latents[0] if chunk == 1 else stage0.vae.encode_frame(decode(3 * chunk - 2)[:, :, -1:])
             context = torch.cat([first, *latents[-2:]], dim=2)
-            models.transformer(context, torch.zeros(1, 3), text, cache, pass_=Pass.CONTEXT)
+            transformer(context, torch.zeros(1, 3), text, cache, pass_=Pass.CONTEXT)
         x = noise(job.seed, chunk, 0, (1, 16, 3, 4, 6))
         for i, sigma in enumerate(sigmas):
             t = torch.full((1, 3), 1000.0 * sigma)
-            clean = x - sigma * models.transformer(x, t, text, cache, pass_=Pass.DENOISE)
+            clean = x - sigma * transformer(x, t, text, cache, pass_=Pass.DENOISE)
             if i < 3:
                 x = (1 - sigmas[i + 1]) * clean + sigmas[i + 1] * noise(job.seed, chunk, i + 1, x.shape)
         latents += list(clean.split(1, dim=2))
@@ -148,7 +149,7 @@ def test_prefix(job, make):
 
 @pytest.mark.parametrize("policy", list(AnchorPolicy))
 def test_two_pipelines_share_weights_and_nothing_else(job, models, policy):
-    build = lambda seed: join(replace(job, seed=seed, anchor=policy.value), models, CPU, Wiring(Recorder()))  # noqa: E731
+    build = lambda seed: join(replace(job, seed=seed, anchor=policy.value), *models, CPU, Wiring(Recorder()))  # noqa: E731
     alone = torch.cat([f.pixels for f in build(3).run()])
     one, other = build(3).run(), build(4).run()
     woven = []

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from wanrt.errors import RunError, UsageError
 from wanrt.output import PixelFormat, QueuedSink, Sink, VideoSpec
-from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, check_topology, find_files, make_recorder
+from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, find_files, make_recorder, topology_of
 from wanrt.pipeline.context import CHUNK_LATENTS, pixel_frames
 from wanrt.pipeline.encoding import RecordedSink
 from wanrt.pipeline.render import converter, one_line_errors, settings
@@ -123,7 +123,7 @@ def bench(
 
     if chunks < 2 or warm_up < 1:
         raise UsageError(f"bench of {chunks} chunks after {warm_up}: expected at least 2 after at least 1")
-    check_topology(job)
+    topology_of(job)
     wait_passively()
     device = choose_device(job.device)
     set_threads(device)
@@ -165,8 +165,10 @@ def report(
 ) -> BenchReport:
     """The measures of spans sorted by chunk. Raises `RunError` when a chunk was not recorded whole."""
     chunks = sorted(spans)
-    mesh = {c: [s for s in spans[c] if s.stage == "mesh"] for c in chunks}
-    if not all(mesh.values()):
+    ranks = sorted({s.rank for c in chunks for s in spans[c] if s.stage == "mesh"})
+    # every rank of a mesh does the same at the same time: the first one speaks for all
+    mesh = {c: [s for s in spans[c] if s.stage == "mesh" and s.rank == ranks[0]] for c in chunks if ranks}
+    if not mesh or not all(mesh.values()):
         raise RunError("bench: the recording lacks passes of some chunks; this is a defect of wanrt")
     start = {c: min(s.start_ns for s in mesh[c]) for c in chunks}
     end = {c: max(s.end_ns for s in mesh[c]) for c in chunks}

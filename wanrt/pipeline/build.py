@@ -1,4 +1,4 @@
-"""From a `RenderJob` to a `Pipeline`: files found, models loaded, parts joined. One device; ranks come later."""
+"""From a `RenderJob` to a `Pipeline`: files found, models loaded, parts joined."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wanrt.errors import UsageError
 from wanrt.pipeline.context import CHUNK_LATENTS, AnchorPolicy
-from wanrt.pipeline.lanes import lanes_for
+from wanrt.pipeline.lanes import Lanes, lanes_for
 from wanrt.pipeline.loop import LoopSettings, Pipeline, to_rgb8
 from wanrt.pipeline.mesh import Denoiser, InProcessMesh, Mesh, MeshSettings
 from wanrt.pipeline.pixels import PixelStage
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     import torch
 
     from wanrt.models.kv_cache import KVCache
-    from wanrt.pipeline.models import Models, Progress
+    from wanrt.models.transformer import WanTransformer
+    from wanrt.parallel.topology import Topology
+    from wanrt.pipeline.envelope import MeshHandle
+    from wanrt.pipeline.models import Progress, Stage0Models
     from wanrt.script import RenderJob
     from wanrt.weights.registry import ModelFiles
 
@@ -64,10 +67,20 @@ def find_files(job: RenderJob) -> ModelFiles | None:
     return resolve(job.preset, job.weights)
 
 
-def check_topology(job: RenderJob) -> None:
-    """Raises `UsageError` for a topology of more than one device."""
-    if job.topology not in ("single", "auto"):
-        raise UsageError(f"topology {job.topology}: this pipeline runs on one device; use --topology single")
+def topology_of(job: RenderJob) -> Topology:
+    """The topology of a job. Raises `UsageError` for one that the model cannot take or that is not there yet."""
+    from wanrt.parallel.topology import ModelShape, Topology, check
+
+    if job.topology == "auto":
+        log.info("topology auto: one device")
+    topology = Topology() if job.topology == "auto" else Topology.parse(job.topology)
+    shape = job.preset.transformer
+    check(topology, ModelShape(shape.num_heads, shape.ffn_dim, job.grid[0] * job.grid[1]))
+    if topology.vae > 1:
+        raise UsageError(
+            f"topology {topology}: the VAE runs on one device so far; leave out +vae={topology.vae}"
+        )
+    return topology
 
 
 def build_pipeline(
@@ -79,33 +92,75 @@ def build_pipeline(
 ) -> Pipeline:
     """Loads the models of `job` and joins them. `files` as `find_files` gave them.
 
-    Raises `WeightsError` for foreign or damaged checkpoints, `UsageError` for a topology of more than one device.
+    With a topology of several devices, `device` is the first; the other ranks are started, and end with
+    `Pipeline.close`. Raises `WeightsError` for foreign or damaged checkpoints, `RunError` for a rank that fails.
     """
-    from wanrt.pipeline.devices import choose_precision
-    from wanrt.pipeline.models import load_models
+    topology, tuning = topology_of(job), tuning or Tuning()
+    if topology.distributed:
+        from wanrt.pipeline.ranks import build_ranked
 
-    models = load_models(job, files, device, choose_precision(job.precision, device), wiring.progress)
+        return build_ranked(job, files, device, topology, wiring, tuning)
+    from wanrt.pipeline.devices import choose_precision
+    from wanrt.pipeline.models import load_stage0, load_transformer
+
+    precision = choose_precision(job.precision, device)
+    models = load_stage0(job, files, device, precision, wiring.progress)
     wiring.check()
-    return join(job, models, device, wiring, tuning)
+    transformer = load_transformer(job, files, device, precision, wiring.progress)
+    wiring.check()
+    return join(job, models, transformer, device, wiring, tuning)
 
 
 def join(
-    job: RenderJob, models: Models, device: torch.device, wiring: Wiring, tuning: Tuning | None = None
+    job: RenderJob,
+    models: Stage0Models,
+    transformer: WanTransformer,
+    device: torch.device,
+    wiring: Wiring,
+    tuning: Tuning | None = None,
 ) -> Pipeline:
     """A pipeline of loaded models on one device."""
+    tuning, lanes = tuning or Tuning(), lanes_for(device)
+    with lanes.main():
+        mesh = make_mesh(job, transformer, device, wiring, tuning)
+    handle = InProcessMesh(mesh, launch_on_submit=device.type == "cuda")
+    return join_stage0(job, models, handle, device, wiring, tuning, lanes)
+
+
+def join_stage0(
+    job: RenderJob,
+    models: Stage0Models,
+    handle: MeshHandle,
+    device: torch.device,
+    wiring: Wiring,
+    tuning: Tuning,
+    lanes: Lanes,
+) -> Pipeline:
+    """Stage 0 on `device`, its mesh wherever `handle` says."""
     from wanrt.pipeline.devices import choose_precision
     from wanrt.pipeline.models import streaming_vae
 
-    tuning, loop, lanes = tuning or Tuning(), loop_settings(job), lanes_for(device)
+    loop = loop_settings(job)
     with lanes.main():
-        denoiser = _denoiser(job, models, device, tuning, wiring)
-        vae = streaming_vae(models, job, choose_precision(job.precision, device), graphs=tuning.graphs)
-    mesh = Mesh(denoiser, mesh_settings(job), wiring.recorder, wiring.check)
+        vae = streaming_vae(models.vae, job, choose_precision(job.precision, device), graphs=tuning.graphs)
     window = loop.window if loop.anchors else None
     pixels = PixelStage(vae, window, wiring.recorder, wiring.check, loop.chunks, lanes)
     prompts = PromptBook(job.timeline, models.encode, wiring.recorder)
-    handle = InProcessMesh(mesh, launch_on_submit=device.type == "cuda")
     return Pipeline(job.timeline, prompts, pixels, handle, loop, wiring.recorder, wiring.convert, lanes)
+
+
+def make_mesh(
+    job: RenderJob,
+    transformer: WanTransformer,
+    device: torch.device,
+    wiring: Wiring,
+    tuning: Tuning,
+    heads: int | None = None,
+) -> Mesh:
+    """The mesh's part of one process. `heads`: of a sharded transformer, how many this rank attends with."""
+    cache = allocate_cache(job, device, transformer.dtype, heads)
+    denoiser = _denoiser(job, transformer, cache, device, wiring, tuning)
+    return Mesh(denoiser, mesh_settings(job), wiring.recorder, wiring.check)
 
 
 def loop_settings(job: RenderJob) -> LoopSettings:
@@ -123,7 +178,9 @@ def mesh_settings(job: RenderJob) -> MeshSettings:
     )
 
 
-def allocate_cache(job: RenderJob, device: torch.device, dtype: torch.dtype) -> KVCache:
+def allocate_cache(
+    job: RenderJob, device: torch.device, dtype: torch.dtype, heads: int | None = None
+) -> KVCache:
     """The KV cache of one stream, with the preset's policy and the job's window."""
     from wanrt.models.kv_cache import CachePolicy, KVCache
 
@@ -134,34 +191,40 @@ def allocate_cache(job: RenderJob, device: torch.device, dtype: torch.dtype) -> 
         grid=job.grid,
         chunk=CHUNK_LATENTS,
         sink=job.preset.cache.sink,
+        heads=heads,
         device=device,
         dtype=dtype,
     )
 
 
 def _denoiser(
-    job: RenderJob, models: Models, device: torch.device, tuning: Tuning, wiring: Wiring
+    job: RenderJob,
+    transformer: WanTransformer,
+    cache: KVCache,
+    device: torch.device,
+    wiring: Wiring,
+    tuning: Tuning,
 ) -> Denoiser:
     from wanrt.pipeline.denoiser import TransformerDenoiser
     from wanrt.pipeline.models import compile_blocks
 
-    log.info(models.transformer.paths())
-    cache = allocate_cache(job, device, models.transformer.dtype)
+    model = getattr(transformer, "model", transformer)  # Ulysses wraps it
+    log.info(model.paths())
     if device.type != "cuda":
-        return TransformerDenoiser(models.transformer, cache, device)
+        return TransformerDenoiser(transformer, cache, device)
     if tuning.compile:
-        compile_blocks(models.transformer)
+        compile_blocks(model)
     if not tuning.graphs:
-        return TransformerDenoiser(models.transformer, cache, device)
-    return _graphed(job, models, cache, device, wiring)
+        return TransformerDenoiser(transformer, cache, device)
+    return _graphed(job, transformer, cache, device, wiring)
 
 
 def _graphed(
-    job: RenderJob, models: Models, cache: KVCache, device: torch.device, wiring: Wiring
+    job: RenderJob, transformer: WanTransformer, cache: KVCache, device: torch.device, wiring: Wiring
 ) -> Denoiser:
     from wanrt.pipeline.graphs import GraphedDenoiser
 
-    denoiser = GraphedDenoiser(models.transformer, cache, device)
+    denoiser = GraphedDenoiser(transformer, cache, device)
     began = time.perf_counter()
 
     def step(done: int, of: int) -> None:
@@ -179,6 +242,8 @@ def biases_on(job: RenderJob) -> frozenset[bool]:
     return frozenset((job.bias if scene.bias is None else scene.bias) != 1.0 for scene in scenes)
 
 
-def make_recorder(job: RenderJob, device: torch.device, started_ns: int | None) -> Recorder:
+def make_recorder(
+    job: RenderJob, device: torch.device, started_ns: int | None, rank: str = "main"
+) -> Recorder:
     """A recorder on the device's own clock. `started_ns`: what time to first frame counts from."""
-    return Recorder(fps=job.fps, device_clock=clock_for(device), started_ns=started_ns)
+    return Recorder(fps=job.fps, device_clock=clock_for(device), started_ns=started_ns, rank=rank)

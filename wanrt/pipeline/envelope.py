@@ -60,6 +60,10 @@ class MeshHandle(Protocol):
         """Waits for the result of the request under way. Raises `RunError` with the rank that failed."""
         ...
 
+    def check(self) -> None:
+        """Raises `RunError` when the mesh is gone. Never waits."""
+        ...
+
     def close(self) -> None:
         """Ends the mesh; safe to call twice."""
         ...

@@ -7,12 +7,18 @@ the calling thread. Order is kept by events on the device; the host never waits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
+from wanrt.errors import RunError
+
 if TYPE_CHECKING:
     import torch
+
+WATCHDOG_S = 30.0  # no chunk takes that long once everything is warm
+POLL_S = 2e-4  # the host is a chunk ahead: waking 0.2 ms late costs nothing
 
 
 class Lanes(Protocol):
@@ -110,7 +116,7 @@ def lanes_for(device: torch.device) -> Lanes:
 
 
 class Flag:
-    """A 0-dim bool tensor on its way to the host; `ready` never waits, `value` does."""
+    """A 0-dim bool tensor on its way to the host; `ready` never waits, `wait` does."""
 
     def __init__(self, flag: torch.Tensor) -> None:
         import torch
@@ -125,12 +131,20 @@ class Flag:
 
     @property
     def ready(self) -> bool:
-        """Whether `value` would not wait."""
+        """Whether `wait` would not wait."""
         return self._event is None or self._event.query()
 
-    @property
-    def value(self) -> bool:
-        """The flag, waiting for the device to reach it."""
-        if self._event is not None:
-            self._event.synchronize()
+    def wait(self, check: Callable[[], None] = lambda: None, limit_s: float = WATCHDOG_S) -> bool:
+        """The flag, once the device has reached it; `check` is called meanwhile and may raise.
+
+        Raises `RunError` when the device needs longer than `limit_s`: another rank hangs, or the device does.
+        """
+        deadline = time.monotonic() + limit_s
+        while not self.ready:
+            check()
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"the device has not finished a chunk for {limit_s:g} s; a rank or the device hangs"
+                )
+            time.sleep(POLL_S)
         return bool(self._host)

@@ -105,19 +105,19 @@ class Pipeline:
         for chunk in self._chunks():
             result, flag = self._receive()
             if held is not None:
-                yield held.checked()
+                yield held.checked(self._mesh.check)
             if policy in (AnchorPolicy.DECODE_ALL, AnchorPolicy.OVERLAP):
                 self._decode_all()
             if policy is not AnchorPolicy.DECODE_ALL:
                 self._submit_after(chunk)
             held = self._show(result, flag)
             if held.known:
-                yield held.checked()
+                yield held.checked(self._mesh.check)
                 held = None
             if policy is AnchorPolicy.DECODE_ALL:
                 self._submit_after(chunk)
         if held is not None:
-            yield held.checked()
+            yield held.checked(self._mesh.check)
 
     def close(self) -> None:
         """Ends the mesh; safe to call twice."""
@@ -203,11 +203,14 @@ class _Shown:
         """Whether `checked` would not wait for a device."""
         return self.latents.ready and self.pixels.ready
 
-    def checked(self) -> Frames:
-        """The frames; waits for the latents' flag only, looks at the pixels' if it is there."""
-        if not self.latents.value:
+    def checked(self, check: Callable[[], None]) -> Frames:
+        """The frames; waits for the latents' flag only, looks at the pixels' if it is there.
+
+        `check` is called while waiting.
+        """
+        if not self.latents.wait(check):
             raise self._error("the transformer's latents")
-        if self.pixels.ready and not self.pixels.value:
+        if self.pixels.ready and not self.pixels.wait(check):
             raise self._error("the VAE's pixels")
         return self.frames
 

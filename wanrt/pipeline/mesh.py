@@ -206,6 +206,9 @@ class InProcessMesh:
         self._request = self._result = None
         return result
 
+    def check(self) -> None:
+        """This process is alive."""
+
     def close(self) -> None:
         """Drops what is under way."""
         self._request = self._result = None

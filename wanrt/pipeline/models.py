@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,10 +16,12 @@ from wanrt.pipeline.pixels import StreamingVae
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
     from wanrt.models.text_encoder import UMT5Encoder
     from wanrt.models.tokenizer import PromptTokenizer
     from wanrt.models.transformer import WanTransformer
+    from wanrt.parallel.plan import ShardPlan
     from wanrt.script import Preset, RenderJob
     from wanrt.weights.registry import ModelFiles
 
@@ -31,35 +33,91 @@ RANDOM_TOKENS = 24  # a prompt of average length, for random embeddings
 
 
 @dataclass(frozen=True)
-class Models:
-    """Everything a pipeline needs of the model rooms. `encode` turns one prompt into `[1, L, text_dim]`."""
+class Stage0Models:
+    """What stage 0 needs. `encode` turns one prompt into `[1, L, text_dim]`."""
 
-    transformer: WanTransformer
     vae: StreamingVae
     encode: Callable[[str], torch.Tensor]
 
 
-def load_models(
+@dataclass(frozen=True)
+class Shard:
+    """This process's share of the transformer: the plan, and the mesh's process group."""
+
+    plan: ShardPlan
+    group: ProcessGroup
+
+
+def load_stage0(
     job: RenderJob, files: ModelFiles | None, device: torch.device, precision: Precision, progress: Progress
-) -> Models:
-    """Loads the models of `job` on `device`; `files` None draws random weights.
+) -> Stage0Models:
+    """Loads text encoder and VAE; `files` None draws random weights, and hashes prompts: with random weights an
+    embedding of the prompt's hash says as much as a text encoder, and costs nothing.
 
     Raises `WeightsError` for a checkpoint that is missing, damaged, or not the preset's.
     """
     if files is None:
-        return _random_models(job, device, precision, progress)
+        log.warning(
+            "random weights: the picture means nothing; prompts are hashed, the text encoder is not loaded"
+        )
+        with _timed(progress, "VAE"):
+            vae = _random_vae(job, device, precision)
+        return Stage0Models(vae, partial(hashed_embedding, job.preset.transformer.text_dim, device))
     with _timed(progress, "text encoder"):
         encode = _text_encoder(job.preset, files, device, precision)
     with _timed(progress, "VAE"):
         vae = _vae(job.preset, files, device, precision)
-    with _timed(progress, "transformer"):
-        from wanrt.weights.loading import load_transformer
+    return Stage0Models(vae, encode)
 
-        config = job.preset.transformer_config()
-        transformer = load_transformer(
-            files.transformer, config, device, precision.transformer, lora=files.lora
-        )
-    return Models(transformer, vae, encode)
+
+def load_transformer(
+    job: RenderJob,
+    files: ModelFiles | None,
+    device: torch.device,
+    precision: Precision,
+    progress: Progress,
+    shard: Shard | None = None,
+) -> WanTransformer:
+    """Loads the transformer, or this rank's slices of it; `files` None draws random weights, the same whole.
+
+    Raises `WeightsError` as `load_stage0`.
+    """
+    from wanrt.models.transformer import WanTransformer
+    from wanrt.parallel.apply import apply
+    from wanrt.weights.checkpoint import identify
+    from wanrt.weights.loading import build_on_meta, fill, open_transformer
+    from wanrt.weights.random import RandomSource
+
+    with _timed(progress, "transformer"):
+        model = callee = build_on_meta(lambda: WanTransformer(job.preset.transformer_config()))
+        if files is None:
+            shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            checkpoint = identify(RandomSource(shapes, job.seed, device, precision.transformer))
+        else:
+            checkpoint = open_transformer(files.transformer, files.lora)
+        slicer = None
+        if shard is not None:
+            with torch_device("meta"):
+                callee = apply(model, shard.plan, shard.group)  # type: ignore[assignment]
+            slicer = shard.plan.slicer(shard.group.rank())
+        fill(model, checkpoint, device, precision.transformer, slicer=slicer)
+    return callee
+
+
+def torch_device(name: str) -> AbstractContextManager[object]:
+    """Inside the block new tensors are made there."""
+    import torch
+
+    return torch.device(name)
+
+
+def _random_vae(job: RenderJob, device: torch.device, precision: Precision) -> StreamingVae:
+    from wanrt.models.vae import WanVae
+    from wanrt.weights.loading import build_on_meta
+    from wanrt.weights.random import random_weights
+
+    empty = build_on_meta(lambda: WanVae(job.preset.vae_config()))
+    return random_weights(empty, job.seed, device, precision.vae)
 
 
 def _text_encoder(
@@ -87,27 +145,6 @@ def _vae(preset: Preset, files: ModelFiles, device: torch.device, precision: Pre
     return vae  # type: ignore[return-value]
 
 
-def _random_models(job: RenderJob, device: torch.device, precision: Precision, progress: Progress) -> Models:
-    """No text encoder: with random weights an embedding of the prompt's hash says as much, and costs nothing."""
-    from wanrt.models.transformer import WanTransformer
-    from wanrt.models.vae import WanVae
-    from wanrt.weights.loading import build_on_meta
-    from wanrt.weights.random import random_weights
-
-    preset = job.preset
-    log.warning(
-        "random weights: the picture means nothing; prompts are hashed, the text encoder is not loaded"
-    )
-    with _timed(progress, "VAE"):
-        empty_vae = build_on_meta(lambda: WanVae(preset.vae_config()))
-        vae = random_weights(empty_vae, job.seed, device, precision.vae)
-    with _timed(progress, "transformer"):
-        empty = build_on_meta(lambda: WanTransformer(preset.transformer_config()))
-        transformer = random_weights(empty, job.seed, device, precision.transformer)
-    encode = partial(hashed_embedding, preset.transformer.text_dim, device)
-    return Models(transformer, vae, encode)
-
-
 def hashed_embedding(dim: int, device: torch.device, prompt: str) -> torch.Tensor:
     """A random embedding `[1, 24, dim]` of its own for each prompt, the same on every machine."""
     import torch
@@ -119,11 +156,10 @@ def hashed_embedding(dim: int, device: torch.device, prompt: str) -> torch.Tenso
     return torch.from_numpy(values).to(device)
 
 
-def streaming_vae(models: Models, job: RenderJob, precision: Precision, *, graphs: bool) -> StreamingVae:
+def streaming_vae(vae: StreamingVae, job: RenderJob, precision: Precision, *, graphs: bool) -> StreamingVae:
     """The VAE as a stream of this size runs it: on CUDA the repacked one, its calls as graphs; else as it is."""
     from wanrt.models.vae import WanVae
 
-    vae = models.vae
     if not isinstance(vae, WanVae) or next(vae.parameters()).device.type != "cuda":
         return vae
     from wanrt.models.vae_fast import FastVae

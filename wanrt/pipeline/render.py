@@ -79,7 +79,7 @@ class _Run:
     def prepare(self) -> None:
         """Everything that can be refused without loading a model."""
         from wanrt.output import check_target
-        from wanrt.pipeline.build import check_topology, find_files
+        from wanrt.pipeline.build import find_files, topology_of
         from wanrt.pipeline.devices import choose_device, wait_passively
 
         job = self._job
@@ -91,7 +91,7 @@ class _Run:
                 raise UsageError(
                     f"{path}: no directory {path.absolute().parent}; create it or choose another path"
                 )
-        check_topology(job)
+        topology_of(job)
         self._files = find_files(job)
         wait_passively()
         self._device = choose_device(job.device)
@@ -119,6 +119,7 @@ class _Run:
         log.info("device %s, %d threads", device, set_threads(device))
         self._recorder = recorder = make_recorder(job, device, self._started_ns)
         sink = self._open_sink(recorder)
+        pipeline: Pipeline | None = None
         try:
             convert = converter(sink.spec, sink.pixel_format, device)
             wiring = Wiring(recorder, self._cancel.check, self._monitor.load, convert)
@@ -127,17 +128,18 @@ class _Run:
             self._pump(pipeline, sink)
         finally:
             self._monitor.finishing()
-            self._finish(sink)
+            try:
+                self._finish(sink)  # first: ranks that hang must not keep the file from being whole
+            finally:
+                if pipeline is not None:
+                    pipeline.close()
 
     def _pump(self, pipeline: Pipeline, sink: QueuedSink) -> None:
         """Frames from the pipeline to the sink, to the last."""
-        try:
-            for frames in pipeline.run():
-                sink.write(frames.pixels)
-                sink.flush_chunk()
-                self._monitor.delivered(frames)
-        finally:
-            pipeline.close()
+        for frames in pipeline.run():
+            sink.write(frames.pixels)
+            sink.flush_chunk()
+            self._monitor.delivered(frames)
 
     def _open_sink(self, recorder: Recorder) -> QueuedSink:
         from wanrt.output import QueuedSink, VideoSpec, open_sink

@@ -1,0 +1,216 @@
+"""A pipeline over several devices of one machine: this process is stage 0 and starts the other ranks.
+
+Rank r runs on device r (a CUDA device each, or a share of the CPU's cores). Without PP1 this process is also the
+mesh's first rank. All ranks load at the same time, each reading only its slices of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanrt.errors import RunError, UsageError
+from wanrt.parallel.team import Loading, Member, Ready, Spans, Team
+from wanrt.pipeline.build import Tuning, Wiring, join_stage0, make_mesh, make_recorder, mesh_settings
+from wanrt.pipeline.lanes import Lanes, lanes_for
+from wanrt.pipeline.mesh import Mesh
+from wanrt.pipeline.remote import STAGE0, WATCHDOG_S, Link, RankedMesh, join_group, leave_group, serve
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+    from wanrt.parallel.topology import Topology
+    from wanrt.pipeline.loop import Pipeline
+    from wanrt.script import RenderJob
+    from wanrt.weights.registry import ModelFiles
+
+log = logging.getLogger("wanrt.pipeline")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a rank is told at its start; picklable."""
+
+    job: RenderJob
+    files: ModelFiles | None
+    topology: Topology
+    rank: int
+    name: str
+    device: str
+    store: str
+    tuning: Tuning
+    started_ns: int
+
+    @property
+    def backend(self) -> str:
+        """Of torch.distributed."""
+        return "nccl" if self.device.startswith("cuda") else "gloo"
+
+
+def build_ranked(
+    job: RenderJob,
+    files: ModelFiles | None,
+    device: torch.device,
+    topology: Topology,
+    wiring: Wiring,
+    tuning: Tuning,
+) -> Pipeline:
+    """Starts the ranks, loads stage 0 meanwhile, and joins the two.
+
+    Raises `UsageError` for more ranks than devices, `RunError` naming the rank that failed.
+    """
+    check_devices(topology, device)
+    folder = Path(tempfile.mkdtemp(prefix="wanrt-"))
+    plans = [
+        Assignment(
+            job, files, topology, rank.rank, rank.name, device_of(device, rank.rank), str(folder / "store"), tuning,
+            wiring.recorder.started_ns,
+        )
+        for rank in topology.ranks()
+    ]  # fmt: skip
+    team = Team(_Listener(wiring).heard)
+    try:
+        team.start([Member(plan.name, plan.device, plan) for plan in plans[1:]], work)
+        return _join(plans[STAGE0], device, team, wiring, partial(shutil.rmtree, folder, ignore_errors=True))
+    except BaseException:
+        team.close()
+        leave_group()
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def check_devices(topology: Topology, device: torch.device) -> None:
+    """Raises `UsageError` when there are fewer CUDA devices than ranks. A CPU takes any number."""
+    if device.type != "cuda":
+        return
+    import torch
+
+    if device.index not in (None, 0):
+        raise UsageError(
+            f"device {device}: a topology of several devices begins at cuda:0; set CUDA_VISIBLE_DEVICES"
+        )
+    if topology.devices > (count := torch.cuda.device_count()):
+        raise UsageError(f"topology {topology}: {topology.devices} devices > {count} on this machine")
+
+
+def device_of(first: torch.device, rank: int) -> str:
+    """The device of a rank."""
+    return f"cuda:{rank}" if first.type == "cuda" else "cpu"
+
+
+@dataclass(frozen=True)
+class _Listener:
+    """What ranks say, into the recording and the loading progress."""
+
+    wiring: Wiring
+
+    def heard(self, name: str, message: Spans | Loading) -> None:
+        if isinstance(message, Spans):
+            self.wiring.recorder.absorb(message.batch)
+        else:
+            self.wiring.progress(f"{name}: {message.part}", message.seconds)
+
+
+def _join(
+    plan: Assignment, device: torch.device, team: Team, wiring: Wiring, cleanup: Callable[[], None]
+) -> Pipeline:
+    from wanrt.pipeline.devices import choose_precision
+    from wanrt.pipeline.models import load_stage0
+
+    try:
+        group = _enter(plan, device)
+    except RuntimeError as error:
+        raise team.failure(f"the ranks did not meet ({' '.join(str(error).split())[:160]})") from error
+    lanes = lanes_for(device)
+    precision = choose_precision(plan.job.precision, device)
+    models = load_stage0(plan.job, plan.files, device, precision, wiring.progress)
+    team.check()
+    try:
+        local = None if group is None else _mesh_part(plan, group, device, wiring, lanes)
+        team.wait_ready(wiring.check)
+    except RunError:
+        raise
+    except RuntimeError as error:
+        raise team.failure(f"warm-up broke off ({' '.join(str(error).split())[:160]})") from error
+    on_cuda = device.type == "cuda"
+    handle = RankedMesh(team, _link(plan, device), local, launch_on_submit=on_cuda, cleanup=cleanup)
+    return join_stage0(plan.job, models, handle, device, wiring, plan.tuning, lanes)
+
+
+def work(pipe: Connection, plan: Assignment) -> None:
+    """The life of a mesh rank: load, say so, serve."""
+    import torch
+
+    from wanrt.pipeline.devices import set_threads, usable_cores, wait_passively
+
+    wait_passively()
+    device = torch.device(plan.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        set_threads(device)
+        torch.set_num_threads(max(1, usable_cores() // plan.topology.devices))
+    group = _enter(plan, device)
+    assert group is not None, "every rank but stage 0 is in the mesh"
+    recorder = make_recorder(plan.job, device, plan.started_ns, plan.name)
+
+    def progress(part: str, seconds: float | None) -> None:
+        pipe.send(Loading(part, seconds))
+
+    lanes = lanes_for(device)
+    mesh = _mesh_part(plan, group, device, Wiring(recorder, progress=progress), lanes)
+    pipe.send(Ready())
+    with lanes.main(), contextlib.closing(_Group()):
+        serve(mesh, _link(plan, device), pipe, recorder, answers=_answers(plan))
+
+
+class _Group:
+    """The process group, to be left at the end."""
+
+    def close(self) -> None:
+        leave_group()
+
+
+def _answers(plan: Assignment) -> bool:
+    """Whether this rank sends latents up: the mesh's first rank does, if it is not stage 0 itself."""
+    return plan.topology.pp1 and plan.rank == plan.topology.stage0_devices
+
+
+def _enter(plan: Assignment, device: torch.device) -> ProcessGroup | None:
+    """Joins the world, and the mesh's group if this rank is in it. Every rank makes the same calls."""
+    import torch.distributed as dist
+
+    join_group(plan.backend, plan.store, plan.rank, plan.topology.devices, WATCHDOG_S, device)
+    members = [rank.rank for rank in plan.topology.ranks() if rank.mesh is not None]
+    group = dist.new_group(members)
+    return group if plan.rank in members else None
+
+
+def _mesh_part(
+    plan: Assignment, group: ProcessGroup, device: torch.device, wiring: Wiring, lanes: Lanes
+) -> Mesh:
+    from wanrt.parallel.plan import ShardPlan
+    from wanrt.pipeline.devices import choose_precision
+    from wanrt.pipeline.models import Shard, load_transformer
+
+    job, shards = plan.job, ShardPlan.of(plan.topology)
+    precision = choose_precision(job.precision, device)
+    with lanes.main():
+        transformer = load_transformer(
+            job, plan.files, device, precision, wiring.progress, Shard(shards, group)
+        )
+        heads = shards.local_heads(job.preset.transformer.num_heads)
+        return make_mesh(job, transformer, device, wiring, plan.tuning, heads)
+
+
+def _link(plan: Assignment, device: torch.device) -> Link:
+    return Link(device, mesh_settings(plan.job).shape, plan.topology.stage0_devices)

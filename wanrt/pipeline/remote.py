@@ -1,0 +1,213 @@
+"""A mesh of several ranks, as stage 0 sees it and as its ranks live it.
+
+Commands go through the team's pipes (a header a chunk, a few hundred bytes), tensors through torch.distributed:
+the anchor and a changed embedding from stage 0 to all ranks, a chunk's latents from the mesh's first rank back.
+Stage 0 is rank 0; without PP1 it is also the mesh's first rank, and latents never travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from wanrt.errors import RunError
+from wanrt.parallel.team import Spans, Team
+from wanrt.pipeline.envelope import ChunkRequest, ChunkResult, Control
+from wanrt.pipeline.mesh import Mesh
+from wanrt.telemetry import Recorder
+
+if TYPE_CHECKING:
+    import torch
+
+STAGE0 = 0
+WATCHDOG_S = 30.0  # how long an exchange may take once all ranks are warm
+
+
+@dataclass(frozen=True)
+class Header:
+    """A `ChunkRequest` without its tensors: what a rank must know to receive them."""
+
+    chunk: int
+    anchor: bool
+    embedding: tuple[tuple[int, ...], torch.dtype] | None
+    control: Control | None
+
+    @classmethod
+    def of(cls, request: ChunkRequest) -> Header:
+        """The header of a request."""
+        embedding = request.embedding
+        about = None if embedding is None else (tuple(embedding.shape), embedding.dtype)
+        return cls(request.chunk, request.anchor is not None, about, request.control)
+
+
+@dataclass(frozen=True)
+class Link:
+    """The tensors' way. `shape`: of a chunk's latents; `mesh0`: global rank of the mesh's first rank."""
+
+    device: torch.device
+    shape: tuple[int, int, int, int, int]
+    mesh0: int
+
+    def share_down(self, header: Header, request: ChunkRequest | None) -> ChunkRequest:
+        """Broadcasts a request's tensors from stage 0, which passes it; every rank returns it whole."""
+        anchor = embedding = None
+        if header.anchor:
+            b, c, _, h, w = self.shape
+            anchor = self._broadcast(None if request is None else request.anchor, (b, c, 1, h, w), None)
+        if header.embedding is not None:
+            embedding = self._broadcast(None if request is None else request.embedding, *header.embedding)
+        return ChunkRequest(header.chunk, anchor, embedding, header.control)
+
+    def send_up(self, latents: torch.Tensor) -> None:
+        """Latents from the mesh's first rank to stage 0."""
+        import torch.distributed as dist
+
+        dist.send(latents.contiguous(), dst=STAGE0)
+
+    def receive_up(self) -> torch.Tensor:
+        """Latents at stage 0; on CUDA the call returns at once and the current stream waits."""
+        import torch
+        import torch.distributed as dist
+
+        latents = torch.empty(self.shape, device=self.device)
+        dist.recv(latents, src=self.mesh0)
+        return latents
+
+    def _broadcast(
+        self, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None
+    ) -> torch.Tensor:
+        import torch
+        import torch.distributed as dist
+
+        if tensor is None:
+            tensor = torch.empty(shape, dtype=dtype or torch.float32, device=self.device)
+        tensor = tensor.to(self.device).contiguous()
+        dist.broadcast(tensor, src=STAGE0)
+        return tensor
+
+
+class RankedMesh:
+    """Stage 0's `MeshHandle` on a mesh of rank processes. `local`: the mesh's part in this process, if it has one."""
+
+    def __init__(
+        self,
+        team: Team,
+        link: Link,
+        local: Mesh | None,
+        *,
+        launch_on_submit: bool,
+        cleanup: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._team, self._link, self._local, self._cleanup = team, link, local, cleanup
+        self._launch_on_submit = launch_on_submit
+        self._request: ChunkRequest | None = None
+        self._result: ChunkResult | None = None
+
+    def submit(self, request: ChunkRequest) -> None:
+        """Hands a request to all ranks.
+
+        A mesh that shares this process's CPU starts in `receive`, as in `InProcessMesh`: its other ranks would
+        only wait for this one.
+        """
+        if self._request is not None:
+            raise RunError(
+                f"mesh: got chunk {request.chunk} while {self._request.chunk} is under way; receive it"
+            )
+        self._request = request
+        if self._local is None or self._launch_on_submit:
+            self._launch(request)
+
+    def receive(self) -> ChunkResult:
+        """The chunk under way."""
+        import torch
+
+        if self._request is None:
+            raise RunError("mesh: nothing is under way; submit a chunk first")
+        request, self._request = self._request, None
+        if self._local is None:
+            with self._answering("no latents came back"):
+                latents = self._link.receive_up()
+            return ChunkResult(request.chunk, latents, torch.isfinite(latents).all())
+        if not self._launch_on_submit:
+            self._launch(request)
+        result, self._result = self._result, None
+        assert result is not None
+        return result
+
+    def check(self) -> None:
+        """Raises `RunError` when a rank has failed or died."""
+        self._team.check()
+
+    def close(self) -> None:
+        """Ends the ranks and the process group."""
+        self._team.close()
+        leave_group()
+        self._cleanup()
+
+    def _launch(self, request: ChunkRequest) -> None:
+        header = Header.of(request)
+        self._team.check()
+        self._team.send(header)
+        with self._answering("the ranks did not take the request"):
+            whole = self._link.share_down(header, request)
+            if self._local is not None:
+                self._result = self._local.run(whole)
+                if self._launch_on_submit:
+                    self._local.draw_ahead(request.chunk + 1)
+
+    @contextmanager
+    def _answering(self, what: str) -> Iterator[None]:
+        """An exchange that breaks off is a rank's failure: find out whose."""
+        try:
+            yield
+        except RunError:
+            raise
+        except RuntimeError as error:
+            if "out of memory" in str(error):
+                raise
+            raise self._team.failure(f"mesh: {what} ({' '.join(str(error).split())[:160]})") from error
+
+
+def serve(mesh: Mesh, link: Link, pipe: Connection, recorder: Recorder, *, answers: bool) -> None:
+    """A rank's life: chunk after chunk until the pipe says None. `answers`: it sends the latents back."""
+    while (header := pipe.recv()) is not None:
+        result = mesh.run(link.share_down(header, None))
+        if answers:
+            link.send_up(result.latents)
+        mesh.draw_ahead(result.chunk + 1)
+        if batch := recorder.drain():
+            pipe.send(Spans(batch))
+
+
+def join_group(
+    backend: str, store: str, rank: int, size: int, timeout_s: float, device: torch.device
+) -> None:
+    """Makes this process rank `rank` of `size`. `store`: a file that all ranks reach and nobody else uses."""
+    import datetime
+    import os
+
+    import torch.distributed as dist
+
+    if backend == "gloo":
+        os.environ.setdefault(
+            "GLOO_SOCKET_IFNAME", "lo"
+        )  # ranks of one machine; its host name may not resolve
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        device_id=device if backend == "nccl" else None,
+    )
+
+
+def leave_group() -> None:
+    """Leaves the process group, if there is one, without waiting for anybody."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
