@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -139,6 +140,8 @@ def test_shell_completion(shell):
     assert "wanrt" in ran.stdout
     words = {"_WANRT_COMPLETE": "complete_bash", "COMP_WORDS": "wanrt pre", "COMP_CWORD": "1"}
     assert "presets" in wanrt(env=words).stdout
+    words |= {"COMP_WORDS": "wanrt render x --preset kr", "COMP_CWORD": "4"}
+    assert "krea-14b" in wanrt(env=words).stdout
 
 
 def failing(monkeypatch, error, *arguments):
@@ -148,9 +151,7 @@ def failing(monkeypatch, error, *arguments):
         """Fail."""
         raise error
 
-    monkeypatch.setattr(
-        app.importlib, "import_module", lambda name: type("module", (), {"command": staticmethod(command)})
-    )
+    monkeypatch.setitem(sys.modules, "wanrt.cli.presets", SimpleNamespace(command=command))
     with pytest.raises(SystemExit) as caught:
         app.run([*arguments, "presets"])
     return caught.value.code

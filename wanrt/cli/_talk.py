@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from wanrt.panel import Mode, Observer
 
 
+def preset_words() -> list[str]:
+    """Names of the bundled models, for shell completion."""
+    from wanrt.script import preset_names
+
+    return list(preset_names())
+
+
 def panel_mode(*, quiet: bool, plain: bool, json_progress: bool) -> Mode:
     """The one mode that the flags ask for; "auto" without any. Raises UsageError for two at once."""
     asked: dict[Mode, bool] = {"quiet": quiet, "plain": plain, "json": json_progress}

@@ -6,10 +6,15 @@ from typing import Annotated
 
 import typer
 
+from wanrt.cli._talk import preset_words
+
 
 def command(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A preset, or a preset's .toml file.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", help="A preset, or a preset's .toml file.", autocompletion=preset_words
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from wanrt.cli._talk import preset_words
+
 # Values arrive as text and are checked together with the file's, so that all mistakes are reported at once.
 Text = str | None
 
@@ -25,7 +27,10 @@ def command(
         ),
     ] = None,
     preset: Annotated[
-        Text, typer.Option(metavar="NAME", help="The model (wanrt presets lists them).")
+        Text,
+        typer.Option(
+            metavar="NAME", help="The model (wanrt presets lists them).", autocompletion=preset_words
+        ),
     ] = None,
     seed: Annotated[Text, typer.Option(metavar="N", help="The same seed makes the same video.")] = None,
     size: Annotated[Text, typer.Option(metavar="WxH", help="Width x height, multiples of 16.")] = None,
