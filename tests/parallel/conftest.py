@@ -43,7 +43,7 @@ def on_ranks(tmp_path):
         ]
         for process in processes:
             process.start()
-        found = [results.get(timeout=120) for _ in range(size)]
+        found = [results.get(timeout=280) for _ in range(size)]
         for process in processes:
             process.join(20)
         for rank, _, error in found:

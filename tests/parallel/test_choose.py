@@ -111,10 +111,21 @@ def test_the_machine_asked_about():
 def test_costs_that_are_none(tmp_path):
     with pytest.raises(UsageError, match="No such file"):
         read_costs(tmp_path / "missing.json")
-    for content in ("", "[]", "{}", '{"stats": {"chunks": 0, "stages": []}}'):
+    empty = '{"settings": {"topology": "single"}, "stats": {"chunks": 0, "stages": []}}'
+    for content in ("", "[]", "{}", '{"runs": []}', empty):
         (tmp_path / "bad.json").write_text(content)
-        with pytest.raises(UsageError, match="not a --stats file"):
+        with pytest.raises(UsageError, match="not a file of wanrt bench"):
             read_costs(tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_text('{"settings": {"topology": "tp=2"}}')
+    with pytest.raises(UsageError, match="topology tp=2; expected single"):
+        read_costs(tmp_path / "bad.json")
+
+
+def test_costs_of_a_bench(tmp_path):
+    costs = {"mesh": 450.0, "decode": 17.0, "encode": 3.0, "convert": 1.0, "transfer": 0.0}
+    document = {"runs": [{"settings": {"topology": "single"}, "costs": costs}]}
+    (tmp_path / "bench.json").write_text(json.dumps(document))
+    assert read_costs(tmp_path / "bench.json") == StageCosts(450, 17, 3, 1)
 
 
 def test_every_element_counts():

@@ -8,6 +8,7 @@ from wanrt.pipeline.bench import bench, by_chunk, report, run_bench, table
 from wanrt.pipeline.build import Tuning
 from wanrt.script import RenderJob, Timeline, load_preset
 from wanrt.telemetry import Span
+from wanrt.telemetry.simulator import simulate
 
 MS = 1_000_000
 
@@ -41,6 +42,9 @@ def test_columns_of_a_known_recording(job):
     assert got.fps == pytest.approx(12 / 0.955)
     assert got.fps_without_vae == pytest.approx(12 / 0.885)
     assert "12.57" in table([got])
+    # display work ran beside the passes, on the same device: what is predicted from the costs is what was measured
+    assert (got.costs.mesh, got.costs.decode, got.costs.encode) == pytest.approx((885 - 2 * 57, 57, 13))
+    assert simulate(got.costs, "anchor-only", pp1=False).period == pytest.approx(955)
     json.dumps(got.document())
 
 

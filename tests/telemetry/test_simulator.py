@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from wanrt.telemetry import Recorder
+from wanrt.telemetry import Recorder, Span
 from wanrt.telemetry.simulator import POLICIES, StageCosts, chunk_work, simulate
 
 # The seed's scorecard: 172 ms full decode, 13 ms encode, the mesh at 885 ms eager and 805 ms compiled (PP1+TP=4).
@@ -66,6 +66,31 @@ def test_a_slow_stage_0_is_named():
     assert simulate(StageCosts(300, 60, 10), "anchor-only").bound.startswith("the mesh and the path")
     assert simulate(StageCosts(300, 60, 10), "latent").bound == "the mesh"
     assert "one device" in simulate(StageCosts(300, 60, 10), "latent", pp1=False).bound
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_display_work_beside_the_mesh_is_not_counted_twice(beside):
+    """One device, 400 ms of passes, path 26, display 43: woven into the next chunk's passes, or before them."""
+    chunks, start = {}, 0
+    for chunk in range(6):
+        end = start + 400 + (43 if beside and chunk else 0)
+        submitted = end + 26
+        first = submitted + (100 if beside else 20)
+        second = submitted + (300 if beside else 40)
+        spans = [
+            ("mesh", "step", start, end),
+            ("stage0", "anchor-decode", end, end + 20),
+            ("stage0", "anchor-encode", end + 20, submitted),
+            ("stage0", "display-decode", submitted, first),
+            ("stage0", "display-decode", first, second),
+            ("stage0", "convert", second, second + 3),
+        ]
+        chunks[chunk] = [Span(stage, name, chunk, a * 10**6, b * 10**6) for stage, name, a, b in spans]
+        start = submitted if beside else second + 3
+    del chunks[0]
+    costs = StageCosts.of_chunks(chunks, shared=True)
+    assert costs == StageCosts(mesh=pytest.approx(400), decode=20, encode=6, convert=3)
+    assert simulate(costs, "anchor-only", pp1=False).period == pytest.approx(469)
 
 
 def test_unknown_policy():

@@ -38,7 +38,8 @@ def command(
         Text, typer.Option(metavar="LINK", help="nvlink, or host for boards without P2P.")
     ] = None,
     costs: Annotated[
-        Text, typer.Option(metavar="FILE", help="Stage costs from a --stats file of a run on one device.")
+        Text,
+        typer.Option(metavar="FILE", help="Stage costs from a --json file of wanrt bench on one device."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:

@@ -73,20 +73,30 @@ def _basis(machine: Machine, measured: StageCosts | None) -> str:
         )
     if figures is None:
         names = ", ".join(device.name for device in DEVICES)
-        return f"none for {machine.name} ({names} known); measure with `wanrt render --stats FILE`, give --costs FILE"
+        return f"none for {machine.name} ({names} known); measure with `wanrt bench --json FILE`, give --costs FILE"
     return f"figures of {figures.name}{link}"
 
 
 def read_costs(path: str | Path) -> StageCosts:
-    """Stage costs from a `--stats` file. Raises `UsageError` for a file that is none."""
+    """Stage costs from a file of `wanrt bench --json` (its first run) or `wanrt render --stats`.
+
+    Raises `UsageError` for a file that is none, or one of a run on several devices.
+    """
     try:
-        return StageCosts.of_stats(json.loads(Path(path).read_text(encoding="utf-8")))
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        run = document["runs"][0] if "runs" in document else document
+        topology = run["settings"]["topology"]
+        if topology not in ("single", "auto"):
+            raise UsageError(f"--costs {path}: a run with topology {topology}; expected single")
+        return StageCosts(**run["costs"]) if "costs" in run else StageCosts.of_stats(run)
     except OSError as error:
         raise UsageError(
-            f"--costs {path}: {error.strerror}; expected a file of wanrt render --stats"
+            f"--costs {path}: {error.strerror}; expected a file of wanrt bench --json"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--costs {path}: not a --stats file with whole chunks ({error})") from error
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UsageError(
+            f"--costs {path}: not a file of wanrt bench --json or render --stats with whole chunks ({error})"
+        ) from error
 
 
 def find_machine(devices: int | None, name: str | None, link: str | None, gib: float | None) -> Machine:

@@ -27,6 +27,7 @@ from wanrt.pipeline.context import CHUNK_LATENTS, pixel_frames
 from wanrt.pipeline.encoding import RecordedSink
 from wanrt.pipeline.render import converter, one_line_errors, settings
 from wanrt.telemetry import Recorder, Span
+from wanrt.telemetry.simulator import StageCosts
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,7 @@ class BenchReport:
     mesh: Timing
     stage0: Timing
     anchor_path: Timing
+    costs: StageCosts  # what `wanrt plan --costs` predicts other topologies from
     load_s: float
     warm_up_s: float
     memory_bytes: int | None  # most that the device's allocator held; None on a CPU
@@ -182,6 +184,7 @@ def report(
         mesh=Timing.of(sum(s.duration_ns for s in mesh[c]) for c in chunks),
         stage0=Timing.of(sum(s.duration_ns for s in spans[c] if s.stage == "stage0") for c in chunks),
         anchor_path=Timing.of(start[b] - end[a] for a, b in pairs),
+        costs=StageCosts.of_chunks(spans, shared=job.topology in ("single", "auto")),
         load_s=seconds[0],
         warm_up_s=seconds[1],
         memory_bytes=memory,

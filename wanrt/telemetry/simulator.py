@@ -7,9 +7,12 @@ of chunk N is known; display work of a chunk ends before the next anchor is deco
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+from wanrt.telemetry.quantiles import quantile
+from wanrt.telemetry.spans import Span
 
 CHUNK_LATENTS = 3
 CHUNK_FRAMES = 12
@@ -42,23 +45,54 @@ class StageCosts:
         if not chunks or "mesh" not in stages or "stage0" not in stages:
             raise ValueError("stats without a whole chunk of mesh and stage0; record a run of a few chunks")
         mesh, stage0 = stages["mesh"], stages["stage0"]
-        passes = [mesh[name] for name in ("context", "step", "commit") if name in mesh]
+        passes = [mesh[name] for name in PASSES if name in mesh]
+        half = {name: spread["p50_ms"] for name, spread in stage0.items()}
         return cls(
-            mesh=sum(_total(spread) for spread in passes) / chunks,
-            decode=_mean([stage0[name] for name in ("anchor-decode", "display-decode") if name in stage0]),
-            encode=_mean([stage0["anchor-encode"]] if "anchor-encode" in stage0 else []),
-            convert=_mean([stage0["convert"]] if "convert" in stage0 else []),
+            # medians: one slow first chunk (compilation, warm-up) does not count
+            mesh=sum(spread["count"] * spread["p50_ms"] for spread in passes) / chunks,
+            decode=_first(half, *DECODES),
+            encode=_first(half, "anchor-encode"),
+            convert=_first(half, "convert"),
         )
 
+    @classmethod
+    def of_chunks(cls, chunks: Mapping[int, Sequence[Span]], *, shared: bool) -> StageCosts:
+        """Costs measured by the outermost spans of some steady chunks.
 
-def _total(spread: Mapping[str, Any]) -> float:
-    """All of a span kind's time, from its median: one slow first chunk (compilation, warm-up) does not count."""
-    return spread["count"] * spread["p50_ms"]
+        shared: mesh and stage 0 were on one device. Display work that ran beside the mesh's passes has then
+        lengthened them; what it takes alone is taken off again.
+        """
+        durations: dict[str, list[float]] = {}
+        for span in (span for spans in chunks.values() for span in spans if span.stage == "stage0"):
+            durations.setdefault(span.name, []).append(span.duration_ns / 1e6)
+        half = {name: quantile(values, 0.5) for name, values in durations.items()}
+        alone = cls(0.0, _first(half, *DECODES), _first(half, "anchor-encode"), _first(half, "convert"))
+        display = chunk_work(alone, "anchor-only").display
+        spans = [[s for s in each if s.stage == "mesh" and s.name != "text"] for each in chunks.values()]
+        beside = [s for each in chunks.values() for s in each if s.stage == "stage0"] if shared else []
+        mesh = quantile([_alone(passes, beside, display) for passes in spans], 0.5)
+        return replace(alone, mesh=mesh)
 
 
-def _mean(spreads: list[Mapping[str, Any]]) -> float:
-    count = sum(spread["count"] for spread in spreads)
-    return sum(_total(spread) for spread in spreads) / count if count else 0.0
+PASSES = ("context", "step", "commit")
+# A decode on the path to the next chunk runs alone; one for display may share its device with the mesh.
+DECODES = ("anchor-decode", "display-decode")
+
+
+def _first(values: Mapping[str, float], *names: str) -> float:
+    """The first of `names` that was measured, or 0."""
+    return next((values[name] for name in names if name in values), 0.0)
+
+
+def _alone(passes: Sequence[Span], beside: Sequence[Span], display: float) -> float:
+    """Milliseconds of a chunk's passes, less the display work that ran in between, at most `display`."""
+    total = sum(span.duration_ns for span in passes)
+    overlap = sum(
+        max(0, min(span.end_ns, other.end_ns) - max(span.start_ns, other.start_ns))
+        for span in passes
+        for other in beside
+    )
+    return total / 1e6 - min(overlap / 1e6, display)
 
 
 @dataclass(frozen=True)
