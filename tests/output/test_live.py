@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from wanrt.errors import OutputError, UsageError
-from wanrt.output import QueuedSink, VideoSpec, open_sink
+from wanrt.output import QueuedSink, VideoSpec, open_outputs, open_sink
 from wanrt.output.address import Address
 from wanrt.output.delivery import DeliveryPhase
 from wanrt.output.live import LiveSink, default_bits
@@ -302,6 +302,21 @@ def test_wrong_targets_are_usage_errors():
 def test_default_bit_rate_grows_with_the_picture():
     assert default_bits(VideoSpec(224, 128, 8)) == 250_000
     assert default_bits(VideoSpec(832, 480, 16)) == pytest.approx(767_000, rel=0.01)
+
+
+def test_open_outputs(tmp_path, decode, movie):
+    sink = open_outputs([tmp_path / "a.mp4", f"{tmp_path}/a.m3u8", f"{tmp_path}/a.gif"], SPEC, quality=100)
+    sink.write(movie(24))
+    assert sink.finish() == tmp_path / "a.mp4"
+    assert [len(decode(tmp_path / name).frames) for name in ("a.mp4", "a.m3u8", "a.gif")] == [24, 24, 24]
+
+
+def test_open_outputs_is_all_or_nothing(tmp_path):
+    with pytest.raises(UsageError, match="scheme 'ftp'"):
+        open_outputs([tmp_path / "a.mp4", "ftp://host/live/s3cret"], SPEC)
+    with pytest.raises(UsageError, match="stream key is missing"):
+        open_outputs([tmp_path / "a.mp4", "rtmp://host/live"], SPEC)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tee_leaves_out_what_fails(tmp_path, movie, caplog):

@@ -4,7 +4,7 @@
 its own behind a bounded queue. Nothing heavy (torch, av) is imported until a sink is opened.
 """
 
-from .open import open_sink
+from .open import open_outputs, open_sink
 from .quality import Quality
 from .queued import QueuedSink, QueueState
 from .sink import PixelFormat, Sink
@@ -21,5 +21,6 @@ __all__ = [
     "VideoSpec",
     "check_target",
     "exact_fps",
+    "open_outputs",
     "open_sink",
 ]

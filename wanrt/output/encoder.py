@@ -163,9 +163,8 @@ class VideoEncoder:
         self.drained = False
         self._header = io.BytesIO()
         if settings.kind.name == "libsvtav1":
-            os.environ.setdefault(
-                "SVT_LOG", "1"
-            )  # the library's only way to keep its banner off stderr: errors only
+            # errors only: the library has no other way to keep its banner off stderr
+            os.environ.setdefault("SVT_LOG", "1")
         try:
             self._container = av.open(
                 self._header, "w", format="mp4", options={"movflags": "empty_moov+default_base_moof"}

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from wanrt.errors import OutputError
 
 from .metadata import as_tags
 from .quality import Quality
+from .queued import QueuedSink
 from .sink import Sink
 from .spec import VideoSpec
 from .target import Target, check_target
+
+if TYPE_CHECKING:
+    from .tee import TeeSink
 
 Muxer = Literal["auto", "pyav", "ffmpeg"]
 
@@ -60,6 +64,55 @@ def open_sink(
 
         return GifSink(target, spec, tags, force=force)
     return _open_movie(target, spec, chosen, tags, force, threads, muxer)
+
+
+def open_outputs(
+    targets: Sequence[str | os.PathLike[str]],
+    spec: VideoSpec,
+    *,
+    pace: str = "repeat",
+    latency: float = 2.0,
+    bits: int | None = None,
+    **options: Any,
+) -> TeeSink:
+    """Open any number of outputs at once: files beside live addresses and HLS playlists.
+
+    Every file has a queue and an encoder of its own; all live targets share one encoder and one schedule. None can
+    harm another (`TeeSink`).
+
+    Args:
+        targets: what `open_sink` takes, and what `LiveSink` takes: URLs and names ending in .m3u8.
+        spec: size and rate.
+        pace: repeat, slow or blend; see `Pace`.
+        latency: seconds; see `LiveSink`.
+        bits: bits per second of the live streams; None for a rate that fits the size.
+        options: of `open_sink`, for the files.
+
+    Raises:
+        UsageError, OutputError: as `open_sink` and `LiveSink`; files opened before are closed and removed.
+    """
+    from .live import LiveSink
+    from .pacing import Pace
+    from .tee import TeeSink
+
+    live = [os.fspath(target) for target in targets if is_live(target)]
+    files = [target for target in targets if not is_live(target)]
+    sinks: list[Sink] = []
+    try:
+        sinks.extend(QueuedSink(open_sink(file, spec, **options)) for file in files)
+        if live:
+            sinks.append(LiveSink(live, spec, pace=Pace(pace), latency=latency, bits=bits))
+        return TeeSink(sinks)
+    except BaseException:
+        for sink in sinks:
+            sink.abort()
+        raise
+
+
+def is_live(target: str | os.PathLike[str]) -> bool:
+    """Whether a target is an address or an HLS playlist rather than a file."""
+    text = os.fspath(target)
+    return "://" in text or text.endswith(".m3u8")
 
 
 def _open_movie(
