@@ -49,6 +49,7 @@ class Assignment:
     store: str
     tuning: Tuning
     started_ns: int
+    watchdog_s: float
 
     @property
     def backend(self) -> str:
@@ -73,7 +74,7 @@ def build_ranked(
     plans = [
         Assignment(
             job, files, topology, rank.rank, rank.name, device_of(device, rank.rank), str(folder / "store"), tuning,
-            wiring.recorder.started_ns,
+            wiring.recorder.started_ns, WATCHDOG_S,
         )
         for rank in topology.ranks()
     ]  # fmt: skip
@@ -189,7 +190,7 @@ def _enter(plan: Assignment, device: torch.device) -> ProcessGroup | None:
     """Joins the world, and the mesh's group if this rank is in it. Every rank makes the same calls."""
     import torch.distributed as dist
 
-    join_group(plan.backend, plan.store, plan.rank, plan.topology.devices, WATCHDOG_S, device)
+    join_group(plan.backend, plan.store, plan.rank, plan.topology.devices, plan.watchdog_s, device)
     members = [rank.rank for rank in plan.topology.ranks() if rank.mesh is not None]
     group = dist.new_group(members)
     return group if plan.rank in members else None
