@@ -82,8 +82,10 @@ def _no_orphans():
     assert not torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize("topology", ["tp=2", pytest.param("ulysses=2", marks=pytest.mark.slow), "pp1+tp=1", pytest.param("pp1+tp=4", marks=pytest.mark.slow),
-                                      pytest.param("pp1+ulysses=2", marks=pytest.mark.slow)])  # fmt: skip
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ulysses=2", "pp1+tp=4", "pp1+ulysses=2")]
+
+
+@pytest.mark.parametrize("topology", ["tp=2", "pp1+tp=1", *SLOW])
 def test_the_same_video_as_one_process(job, single, topology):
     """Issue 3: fp32 latents within 1e-4 of scale, over four chunks and a prompt change."""
     recorder = Recorder()
