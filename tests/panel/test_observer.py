@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import warnings
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -185,6 +186,33 @@ def test_rows_come_from_a_recorder():
     assert (mesh.chunk, mesh.last) == (3, "chunk")
     assert stage0.bubble_ms is None
     assert len(stage0.blocks) == 3
+
+
+def test_rows_of_several_ranks_carry_their_names():
+    now = [0]
+    books = Recorder(clock=lambda: now[0])
+    for rank in ("mesh1", "mesh0"):
+        other = Recorder(clock=lambda: now[0], rank=rank)
+        for stage in ("mesh", "decode"):
+            with other.span(stage, "step", 0):
+                now[0] += 10_000_000
+        books.absorb(other.drain())
+    names = [row.name for row in stage_rows(books, books.stats())]
+    assert names == ["mesh0", "mesh1", "decode mesh0", "decode mesh1"]
+
+
+def test_loading_is_told_once_a_step_and_a_scene_once(loading, running, clock):
+    stream = io.StringIO()
+    plain = PlainLines(stream, clock=clock)
+    plain.update(replace(loading, load=()))
+    for _ in range(5):
+        plain.update(loading)
+    plain.update(running(frames_done=0, warnings=()))
+    plain.update(running(frames_done=9, warnings=()))
+    text = stream.getvalue()
+    assert text.count("loading") == 1
+    assert text.count("scene 2: ") == 1
+    assert len(text.splitlines()) == 4
 
 
 def test_memory_counts_this_process():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TextIO
 
 from wanrt.panel import words
@@ -71,8 +71,9 @@ class PlainLines:
         self._stream = stream
         self._clock = clock
         self._every_s = every_s
-        self._next_s = clock()
+        self._start_s = self._next_s = clock()
         self._seen: tuple[object, ...] = ()
+        self._scene: int | None = None
         self._warned: set[str] = set()
 
     def update(self, snapshot: Snapshot) -> None:
@@ -82,15 +83,22 @@ class PlainLines:
                 self._warned.add(warning)
                 self.log(warning, logging.WARNING)
         active = next((s.name for s in snapshot.load if s.state == "active"), None)
+        if snapshot.phase is Phase.LOADING and active is None:
+            return
+        self._announce(snapshot)
         state = (snapshot.phase, active, snapshot.scene, snapshot.frames_done > 0)
         now = self._clock()
         if state == self._seen and now < self._next_s:
             return
-        if state != self._seen and snapshot.scene is not None and snapshot.prompt:
-            self.log(f"scene {snapshot.scene}: {words.one_line(snapshot.prompt)}")
         self._seen = state
         self._next_s = now + self._every_s
-        self._write(progress_line(snapshot))
+        self._write(progress_line(replace(snapshot, elapsed_s=snapshot.elapsed_s or now - self._start_s)))
+
+    def _announce(self, snapshot: Snapshot) -> None:
+        """The prompt of a scene, once, when it begins."""
+        if snapshot.scene is not None and snapshot.scene != self._scene and snapshot.prompt:
+            self._scene = snapshot.scene
+            self.log(f"scene {snapshot.scene}: {words.one_line(snapshot.prompt)}")
 
     def log(self, line: str, level: int = logging.INFO) -> None:
         """Write `line` now."""

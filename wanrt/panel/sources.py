@@ -28,7 +28,7 @@ def stage_rows(recorder: Recorder, stats: Stats, seconds: float = 60.0) -> tuple
         newest = max(spans, key=lambda s: s.end_ns, default=None)
         rows.append(
             StageRow(
-                name=f"{stage.stage} {stage.rank}" if shared.count(stage.stage) > 1 else stage.stage,
+                name=_name(stage) if shared.count(stage.stage) > 1 else stage.stage,
                 busy_share=stage.busy_share,
                 bubble_ms=stage.bubble.p50_ms if stage.stage.startswith("mesh") else None,
                 last=newest.name if newest else "",
@@ -37,6 +37,11 @@ def stage_rows(recorder: Recorder, stats: Stats, seconds: float = 60.0) -> tuple
             )
         )
     return tuple(rows)
+
+
+def _name(stage: StageStats) -> str:
+    """`mesh0`, or `decode vae1` where the rank's name does not say the stage."""
+    return stage.rank if stage.rank.startswith(stage.stage) else f"{stage.stage} {stage.rank}"
 
 
 def _place(stage: StageStats) -> tuple[int, str]:
