@@ -91,6 +91,14 @@ def test_empty_prompt_is_a_lone_eos(tokenizer_file):
     assert truncated == [False]
 
 
+def test_unknown_words_are_named_once_as_they_stand(tokenizer_file):
+    tokenizer = PromptTokenizer.from_file(tokenizer_file, 8)
+    assert tokenizer.unknown_words("a red ball  spinning") == ()
+    found = tokenizer.unknown_words("a red \u0416\u0416 ball \u0416\u0416")
+    assert set("".join(found)) == {"\u0416"}
+    assert len(set(found)) == len(found)
+
+
 def test_ten_kilobytes_are_cut(tokenizer_file):
     ids, mask, truncated = PromptTokenizer.from_file(tokenizer_file, 64)(["red ball " * 1200])
     assert truncated == [True]

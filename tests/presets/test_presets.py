@@ -10,6 +10,7 @@ from wanrt.errors import ScriptError, UsageError
 from wanrt.script import build_job, demo_names, load_preset, preset_names, read_script
 from wanrt.script.describe import describe, listing
 from wanrt.script.preset import CacheKind
+from wanrt.tiny import captions
 
 FOLDER = Path(str(resources.files("wanrt_presets")))
 
@@ -45,6 +46,20 @@ def test_demos(name):
     job = build_job(read_script(name))
     assert job.notes == ()  # no warnings from what we ship
     assert job.title
+
+
+@pytest.mark.parametrize("name", demo_names())
+def test_demos_say_what_the_embedded_model_knows(name):
+    job = build_job(read_script(name))
+    if job.preset.weights.embedded:
+        words = {word for prompt in job.timeline.prompts() for word in prompt.lower().split()}
+        assert words <= set(captions.vocabulary())
+
+
+def test_the_embedded_model_says_what_it_draws():
+    about = describe("wan-tiny").replace("\n", " ")
+    for table in (captions.SHAPE_WORDS, captions.COLOUR_WORDS, captions.MOTION_WORDS):
+        assert [name for name in table if name not in about] == []
 
 
 def test_sizes_equal_the_published_checkpoints():

@@ -13,6 +13,7 @@ from wanrt.errors import WeightsError
 from wanrt.models.text_cleaning import clean_prompt
 
 EOS, PAD = "</s>", "<pad>"  # UMT5's names: google/umt5-xxl tokenizer.json, ids 1 and 0
+UNKNOWN = "<unk>"  # its id 2
 
 
 class PromptTokenizer:
@@ -50,6 +51,14 @@ class PromptTokenizer:
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
         return self.tokenizer.get_vocab_size()
+
+    def unknown_words(self, prompt: str) -> tuple[str, ...]:
+        """What the vocabulary has no token for, as it stands in the prompt, each once: it has no meaning."""
+        text = clean_prompt(prompt)
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        unknown = self.tokenizer.token_to_id(UNKNOWN)
+        spans = [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token == unknown]
+        return tuple(dict.fromkeys(text[start:end] for start, end in spans))
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor, list[bool]]:
         """Return ids and mask, both [B, text_len] int64 (mask 1 up to the `</s>`), and which were cut."""

@@ -133,6 +133,9 @@ def _text_encoder(
 def _encode(encoder: UMT5Encoder, tokenizer: PromptTokenizer, prompt: str) -> torch.Tensor:
     from wanrt.models.text_encoder import encode_prompts
 
+    if unknown := tokenizer.unknown_words(prompt):
+        words = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+        log.warning("the model does not know: %s (in %.60s)", words, prompt)
     return encode_prompts(encoder, tokenizer, [prompt])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import Any
 
 from wanrt.script.preset import Preset, bundled, demo_names, load_preset, preset_names
@@ -37,7 +38,7 @@ def describe(name: str, *, as_json: bool = False) -> str:
         return json.dumps(preset.model_dump(mode="json"), indent=2)
     rows = _rows(preset)
     width = max(len(key) for key, _ in rows)
-    lines = [f"{preset.name}: {preset.title}", *([preset.about] if preset.about else []), ""]
+    lines = [f"{preset.name}: {preset.title}", *textwrap.wrap(preset.about, 100), ""]
     return "\n".join(lines + [f"{key:<{width}}  {value}" for key, value in rows])
 
 
