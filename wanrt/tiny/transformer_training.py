@@ -59,6 +59,7 @@ class TransformerRecipe:
     rollout_share: float = 0.5
     rollout_batch: int = 64
     rollout_chunks: int = 16
+    rollout_every: int = 6
     compiled: bool = False
     half: bool = True
 
@@ -173,7 +174,9 @@ class OwnPast:
         tokens, _ = self.corpus.text(self.clip, phase, pick)
         with torch.no_grad(), torch.autocast(g.device.type, torch.bfloat16, enabled=half):
             features, _ = learner.features(tokens)
-        roller.advance(self.streams, roller.embed(features), g, (size[0], size[1]))
+        # Blocks compiled for training do not fit a pass over the cache.
+        with torch.compiler.set_stance("force_eager"):
+            roller.advance(self.streams, roller.embed(features), g, (size[0], size[1]))
 
     def draw(self, count: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Clips, chunks and own contexts `[count, 16, 3, h, w]` out of what is kept."""
@@ -265,7 +268,7 @@ class TransformerTrainer:
         begun = last = time.monotonic()
         while (progress := clock.at(self.run.step)) < 1.0:
             self.run.progress = progress
-            if progress >= r.rollout_from and (self.run.step % 4 == 0 or not self.past.kept):
+            if progress >= r.rollout_from and (self.run.step % r.rollout_every == 0 or not self.past.kept):
                 for _ in range(1 if self.past.kept else 6):
                     self.past.refresh(self.learner, r.half)
             losses = self.step(progress)
