@@ -4,7 +4,7 @@ from fractions import Fraction
 import pytest
 
 from wanrt.errors import RunError, UsageError
-from wanrt.pipeline.bench import bench, by_chunk, report, run_bench, table
+from wanrt.pipeline.bench import SEED_MATRIX, Entry, bench, by_chunk, entries_of, report, run_bench, table
 from wanrt.pipeline.build import Tuning
 from wanrt.script import RenderJob, Timeline, load_preset
 from wanrt.telemetry import Span
@@ -71,7 +71,7 @@ def test_too_few_chunks_are_refused(job, chunks, warm_up):
 def test_the_command(tmp_path):
     flags = {"size": "32x32", "random_weights": True, "device": "cpu"}
     out = tmp_path / "b.json"
-    printed = run_bench(flags, "decode-all,latent", 2, 1, Tuning(), str(out))
+    printed = run_bench(flags, entries_of("decode-all,latent", None), 2, 1, Tuning(), str(out))
     assert "single decode-all" in printed
     runs = json.loads(out.read_text())["runs"]
     assert [run["name"] for run in runs] == ["single decode-all", "single latent"]
@@ -85,3 +85,26 @@ def test_spans_of_other_chunks_are_left_out():
             return seed_chunk(0, 0) + seed_chunk(1, 955)
 
     assert {s.chunk for s in by_chunk(Recorder(), range(1, 2))[1]} == {1}
+
+
+def test_a_matrix_marks_what_cannot_be_run(tmp_path):
+    flags = {"size": "32x32", "random_weights": True, "device": "cpu"}
+    out = tmp_path / "b.json"
+    entries = entries_of(None, "single:latent,tp=3:anchor-only")
+    printed = run_bench(flags, entries, 2, 1, Tuning(), str(out))
+    assert "single latent" in printed
+    assert "not measured: tp=3 anchor-only: --topology tp=3: 4 % 3 = 1" in printed
+    assert "reason" in json.loads(out.read_text())["runs"][1]
+    with pytest.raises(UsageError, match="4 % 3"):
+        run_bench(flags, entries[1:], 2, 1, Tuning(), None)
+
+
+def test_entries():
+    assert entries_of(None, "tp=2:latent:compile, single") == (Entry("tp=2", "latent", True), Entry("single"))
+    assert entries_of("all", None)[0] == Entry(anchor="decode-all")
+    assert entries_of(None, None) == (Entry(),)
+    assert [entry.name[:2] for entry in entries_of(None, "seed")] == [str(run) for run in range(30, 38)]
+    assert SEED_MATRIX[5].topology == "pp1+tp=5"
+    for bad in ("", "tp=2:latent:more", "tp=2::compile"):
+        with pytest.raises(UsageError, match="matrix entry"):
+            entries_of(None, bad)

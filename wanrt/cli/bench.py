@@ -20,6 +20,10 @@ def command(
     anchor: Annotated[
         Text, typer.Option(metavar="POLICY", help='An anchor policy, several with commas, or "all".')
     ] = None,
+    matrix: Annotated[
+        Text,
+        typer.Option(metavar="LIST", help='TOPOLOGY[:ANCHOR][:compile], several with commas, or "seed".'),
+    ] = None,
     window: Annotated[Text, typer.Option(metavar="N", help="Latent frames of context.")] = None,
     bias: Annotated[
         Text, typer.Option(metavar="B", help="KV attention bias, above 0 to 1; 1 is off.")
@@ -42,11 +46,11 @@ def command(
     ] = None,
 ) -> None:
     """Measure how fast a model runs here, in its steady state."""
-    from wanrt.pipeline.bench import run_bench
+    from wanrt.pipeline.bench import entries_of, run_bench
     from wanrt.pipeline.build import Tuning
 
     flags = {
         "preset": preset, "size": size, "topology": topology, "window": window, "bias": bias, "steps": steps,
         "precision": precision, "device": device, "weights": weights, "random_weights": random_weights,
     }  # fmt: skip
-    print(run_bench(flags, anchor, chunks, warm_up, Tuning(graphs, compile), json))
+    print(run_bench(flags, entries_of(anchor, matrix), chunks, warm_up, Tuning(graphs, compile), json))

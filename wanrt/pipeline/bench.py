@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanrt.errors import RunError, UsageError
+from wanrt.errors import RunError, UsageError, WanrtError
 from wanrt.output import PixelFormat, QueuedSink, Sink, VideoSpec
 from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, find_files, make_recorder, topology_of
 from wanrt.pipeline.context import CHUNK_LATENTS, pixel_frames
@@ -200,10 +200,11 @@ def by_chunk(recorder: Recorder, chunks: range) -> dict[int, list[Span]]:
     return found
 
 
-def table(reports: Iterable[BenchReport]) -> str:
-    """The scorecard's columns, one configuration a line, and what is not included."""
+def table(reports: Iterable[BenchReport | Unmeasured]) -> str:
+    """The scorecard's columns, one configuration a line, what is not included, and what could not be run."""
     head = ("configuration", "period", "mesh", "stage 0", "anchor path", "fps", "fps without VAE")
-    rows = [head, *(_row(report) for report in reports)]
+    found = list(reports)
+    rows = [head, *(_row(report) for report in found if isinstance(report, BenchReport))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [
         "  ".join(
@@ -211,7 +212,9 @@ def table(reports: Iterable[BenchReport]) -> str:
         )
         for row in rows
     ]
-    return "\n".join([*lines, f"medians of steady chunks, ms; not included: {', '.join(NOT_INCLUDED)}"])
+    unmeasured = [f"not measured: {run.name}: {run.reason}" for run in found if isinstance(run, Unmeasured)]
+    about = f"medians of steady chunks, ms; not included: {', '.join(NOT_INCLUDED)}"
+    return "\n".join([*lines, *unmeasured, about])
 
 
 def _row(report: BenchReport) -> tuple[str, ...]:
@@ -233,27 +236,102 @@ def _memory(device: torch.device) -> int | None:
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One line of a matrix: what to run, under which name."""
+
+    topology: str | None = None
+    anchor: str | None = None
+    compile: bool | None = None
+    name: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Entry:
+        """`TOPOLOGY[:ANCHOR][:compile]`. Raises `UsageError` for more parts."""
+        parts = text.strip().split(":")
+        compiled = parts[-1] == "compile"
+        if len(parts) - compiled not in (1, 2) or not all(parts):
+            raise UsageError(f"matrix entry {text!r}: expected TOPOLOGY[:ANCHOR][:compile]")
+        anchor = parts[1] if len(parts) - compiled == 2 else None
+        return cls(parts[0], anchor, compiled or None)
+
+
+@dataclass(frozen=True)
+class Unmeasured:
+    """A line of a matrix that could not be run, and why."""
+
+    name: str
+    reason: str
+
+    def document(self) -> dict[str, object]:
+        """As JSON."""
+        return asdict(self)
+
+
+# The runs of DESIGN section 8, the seed's scorecard. Run 32 was run 31 with another attention kernel.
+SEED_MATRIX = (
+    Entry("pp1+tp=4", "decode-all", name="30 pp1+tp=4 decode-all"),
+    Entry("pp1+tp=4", "overlap", name="31 pp1+tp=4 overlap"),
+    Entry("pp1+tp=4", "overlap", name="32 pp1+tp=4 overlap"),
+    Entry("tp=8", "decode-all", name="33 tp=8 decode-all"),
+    Entry("pp1+tp=4", "decode-all", True, "34 pp1+tp=4 decode-all compiled"),
+    Entry("pp1+tp=5", "decode-all", name="35 pp1+tp=5 decode-all"),
+    Entry("single", "decode-all", name="36 single decode-all"),
+    Entry("pp1+tp=4", "latent", True, "37 pp1+tp=4 latent compiled"),
+)
+
+
+def entries_of(anchors: str | None, matrix: str | None) -> tuple[Entry, ...]:
+    """What to run: a named matrix, a list of `TOPOLOGY[:ANCHOR][:compile]`, or the anchor policies given."""
+    from wanrt.script.job import ANCHORS
+
+    if matrix == "seed":
+        return SEED_MATRIX
+    if matrix is not None:
+        return tuple(Entry.parse(text) for text in matrix.split(","))
+    names = ANCHORS if anchors == "all" else anchors.split(",") if anchors else [None]
+    return tuple(Entry(anchor=name) for name in names)
+
+
 def run_bench(
     flags: Mapping[str, object],
-    anchors: str | None,
+    entries: Iterable[Entry],
     chunks: int,
     warm_up: int,
     tuning: Tuning,
     json: str | None,
 ) -> str:
-    """What the command does: one run for each anchor policy; returns the table, writes the JSON.
+    """What the command does: runs every entry, returns the table, writes the JSON after each run.
 
-    `anchors`: None for the preset's own, one policy, several with commas, or "all". Raises `UsageError` or
-    `ScriptError` for wrong values before anything runs.
+    With several entries one that fails is a line with its reason; a single one raises.
     """
-    from wanrt.script import build_job, read_script
-    from wanrt.script.job import ANCHORS
     from wanrt.telemetry.files import write_json
 
-    names = ANCHORS if anchors == "all" else anchors.split(",") if anchors else [None]
+    wanted = tuple(entries)
+    found: list[BenchReport | Unmeasured] = []
+    for entry in wanted:
+        try:
+            found.append(_run_entry(flags, entry, chunks, warm_up, tuning))
+        except WanrtError as error:
+            if len(wanted) == 1:
+                raise
+            name = entry.name or f"{entry.topology or 'single'} {entry.anchor or ''}".strip()
+            found.append(Unmeasured(name, str(error)))
+            log.warning("%s: %s", name, error)
+        if json is not None:
+            write_json(json, {"schema": 1, "runs": [run.document() for run in found]})
+    return table(found)
+
+
+def _run_entry(
+    flags: Mapping[str, object], entry: Entry, chunks: int, warm_up: int, tuning: Tuning
+) -> BenchReport:
+    from wanrt.script import build_job, read_script
+
     script = read_script("a red ball bouncing over a blue night sky")
-    jobs = [build_job(script, {**flags, "anchor": name}) for name in names]
-    reports = [bench(job, chunks=chunks, warm_up=warm_up, tuning=tuning) for job in jobs]
-    if json is not None:
-        write_json(json, {"schema": 1, "runs": [report.document() for report in reports]})
-    return table(reports)
+    named = {"topology": entry.topology, "anchor": entry.anchor}
+    job = build_job(script, {**flags, **{key: value for key, value in named.items() if value is not None}})
+    if entry.compile is not None:
+        tuning = replace(tuning, compile=entry.compile)
+    measured = bench(job, chunks=chunks, warm_up=warm_up, tuning=tuning)
+    return replace(measured, name=entry.name or measured.name)

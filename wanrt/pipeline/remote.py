@@ -76,6 +76,13 @@ class Link:
         dist.recv(latents, src=self.mesh0)
         return latents
 
+    def settle(self) -> None:
+        """Waits until the device has done all it was given."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _broadcast(
         self, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None
     ) -> torch.Tensor:
@@ -180,6 +187,8 @@ def serve(mesh: Mesh, link: Link, pipe: Connection, recorder: Recorder, *, answe
         mesh.draw_ahead(result.chunk + 1)
         if batch := recorder.drain():
             pipe.send(Spans(batch))
+    link.settle()
+    pipe.send(Spans(recorder.drain()))
 
 
 def join_group(
