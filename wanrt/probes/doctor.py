@@ -19,12 +19,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wanrt.errors import UsageError
+
 if TYPE_CHECKING:
     from wanrt.script import Preset
 
 log = logging.getLogger("wanrt.probes")
 
 GIB = 1 << 30
+PATIENCE = 8 * GIB  # nobody waits for a larger model on a CPU
 PACKAGES = (
     "torch", "triton", "av", "numpy", "tokenizers", "safetensors", "pydantic", "typer", "rich", "huggingface_hub"
 )  # fmt: skip
@@ -64,21 +67,6 @@ class Gpu:
     capability: tuple[int, int]
     memory: int
     free: int
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Memory of a preset on one device in bf16, estimated from shapes. Bytes."""
-
-    transformer: int
-    text_encoder: int
-    vae: int
-    cache: int
-
-    @property
-    def total(self) -> int:
-        """All of it at once, with a tenth for activations."""
-        return (self.transformer + self.text_encoder + self.vae + self.cache) * 11 // 10
 
 
 def examine(weights: Path | None = None, environ: Mapping[str, str] = os.environ) -> list[Check]:
@@ -320,44 +308,44 @@ def missing_parts(preset: Preset, weights: Path | None, environ: Mapping[str, st
 
 
 def judge_preset(preset: Preset, gpus: list[Gpu], missing: tuple[str, ...]) -> tuple[Verdict, str]:
-    """Whether `preset` will run on one of `gpus` or on the CPU, and what to do when not."""
+    """Whether `preset` will run on `gpus` or on the CPU, and what to do when not."""
     problems = []
     if missing and preset.weights.embedded:
         problems.append("its weights are not in this installation: reinstall wanrt")
     elif missing:
         problems.append(f"no {', '.join(missing).replace('_', ' ')}: wanrt weights pull {preset.name}")
-    needs = estimate(preset)
-    large = needs.total > 8 * GIB  # nobody waits for more than this on a processor
-    most = max((gpu.memory for gpu in gpus), default=0)
-    if large and not gpus:
-        problems.append(f"needs a GPU with {needs.total / GIB:.0f} GiB")
-    elif large and needs.total > most:
-        problems.append(f"needs about {needs.total / GIB:.0f} GiB, the largest GPU has {most / GIB:.0f} GiB")
+    place, obstacle = _place(preset, gpus)
+    if obstacle:
+        problems.append(obstacle)
     if problems:
         return Verdict.NOTE, "will not run: " + "; ".join(problems)
-    where = "on the GPU" if gpus else "on the CPU"
-    return Verdict.GOOD, f"will run {where}, about {max(needs.total / GIB, 0.1):.1f} GiB"
+    return Verdict.GOOD, f"will run {place}"
 
 
-def estimate(preset: Preset) -> Needs:
-    """Memory that a preset takes in bf16 at its first size; the text encoder and the VAE on the same device.
+def _place(preset: Preset, gpus: list[Gpu]) -> tuple[str, str]:
+    """Where `preset` runs at its first size, or what is in the way, by the estimate of `wanrt plan`."""
+    from wanrt.parallel.choose import Machine, automatic
+    from wanrt.parallel.topology import Topology
+    from wanrt.parallel.workload import RUNTIME, Workload, memory
+    from wanrt.script import build_job, read_script
 
-    The decoder's state is 831 MiB at 576x320 for base dim 96, and grows with both.
-    """
-    t, text = preset.transformer, preset.text
-    layer = 8 * t.dim * t.dim + 2 * t.dim * t.ffn_dim  # self- and cross-attention, q k v o each; ffn
-    around = 6 * t.dim * t.dim + (t.text_dim + t.dim) * t.dim + 2 * 64 * t.dim
-    encoder_layer = 4 * text.dim * text.attn_dim + 3 * text.dim * text.ffn_dim
-    width, height = preset.video.sizes[0]
-    tokens = (width // 16) * (height // 16) * (preset.cache.window + preset.chunk)
-    wide = preset.vae.base_dim / 96
-    state = int((831 << 20) * wide * (width * height) / (576 * 320))
-    return Needs(
-        transformer=2 * (t.num_layers * layer + around),
-        text_encoder=2 * (text.num_layers * encoder_layer + text.vocab * text.dim),
-        vae=int(2 * 127e6 * wide * wide) + state,
-        cache=2 * 2 * t.num_layers * t.dim * (tokens + t.text_len),
-    )
+    job = build_job(read_script("any prompt"), {"preset": preset.name})
+    work = Workload.of(job)
+    alone = memory(work, Topology())[0].total
+    if not gpus:
+        needs = alone - RUNTIME  # a CPU has no CUDA context
+        fits = needs < PATIENCE
+        return (
+            f"on the CPU, about {needs / GIB:.1f} GiB",
+            "" if fits else f"needs a GPU with {alone / GIB:.0f} GiB",
+        )
+    machine = Machine(len(gpus), gpus[0].name, min(gpu.memory for gpu in gpus))
+    try:
+        best = automatic(work, machine, job.anchor).topology
+    except UsageError as short:
+        return "", str(short)
+    each = max(device.total for device in memory(work, best))
+    return f"with --topology {best}, about {each / GIB:.1f} GiB a device", ""
 
 
 def healthy(checks: list[Check]) -> bool:
