@@ -62,6 +62,15 @@ def test_bars_and_clocks_move_with_age(running):
     assert early[5] != late[5]
 
 
+def test_late_news_end_the_bars_earlier(running):
+    view = View(80, 24)
+    late = running(delay_s=0.65)
+    bar, axis = (layout.lines(late, view)[i].plain for i in (5, 8))
+    assert bar != layout.lines(running(), view)[5].plain
+    assert "5.7 s ago" in axis or "5.6 s ago" in axis
+    assert "0.7 s ago" in axis or "0.6 s ago" in axis
+
+
 @pytest.mark.parametrize(
     ("function", "value", "text"),
     [

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from wanrt.errors import UsageError
-from wanrt.panel import Summary, logging_to, make_observer, memory_now, stage_rows
+from wanrt.panel import Summary, delay, logging_to, make_observer, memory_now, stage_rows
 from wanrt.panel.live import LivePanel
 from wanrt.panel.observer import SafeObserver
 from wanrt.panel.plain import JsonLines, PlainLines, QuietLines
@@ -198,6 +198,11 @@ def test_rows_of_several_ranks_carry_their_names():
                 now[0] += 10_000_000
         books.absorb(other.drain())
     names = [row.name for row in stage_rows(books, books.stats())]
+    assert delay(books, books.stats()) == 0
+    books.frames(0, 9)
+    now[0] += 400_000_000
+    books.frames(1, 12)
+    assert delay(books, books.stats()) == pytest.approx(0.5)
     assert names == ["mesh0", "mesh1", "decode mesh0", "decode mesh1"]
 
 

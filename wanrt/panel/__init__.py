@@ -2,7 +2,7 @@
 
 from wanrt.panel.observer import MODES, Mode, Observer, logging_to, make_observer
 from wanrt.panel.snapshot import LoadStep, Memory, Phase, Queue, Snapshot, StageRow, Summary
-from wanrt.panel.sources import memory_now, stage_rows
+from wanrt.panel.sources import delay, memory_now, stage_rows
 
 __all__ = [
     "MODES",
@@ -15,6 +15,7 @@ __all__ = [
     "Snapshot",
     "StageRow",
     "Summary",
+    "delay",
     "logging_to",
     "make_observer",
     "memory_now",

@@ -188,7 +188,7 @@ class _Columns:
         """
         name = min(max(cell_len(s.name) for s in stages), inner // 4)
         bubble = 17 if inner >= 64 and any(s.bubble_ms is not None for s in stages) else 0
-        last = 14 if inner >= 90 else 0
+        last = 16 if inner >= 90 else 0
         return cls(name, inner - name - 2 - 7 - bubble - last, bubble, last)
 
 
@@ -197,14 +197,15 @@ def _stages(snapshot: Snapshot, view: View) -> list[Text]:
         return []
     columns = _Columns.of(snapshot.stages, view.inner)
     window = bars.nice_window(snapshot.period_s)
-    return [_stage(row, columns, window, view) for row in snapshot.stages]
+    shift = snapshot.delay_s - view.age
+    return [_stage(row, columns, window, shift, view) for row in snapshot.stages]
 
 
-def _stage(row: StageRow, columns: _Columns, window: float, view: View) -> Text:
+def _stage(row: StageRow, columns: _Columns, window: float, shift: float, view: View) -> Text:
     colour = next((c for key, c in STAGE_COLOURS.items() if row.name.replace(" ", "").startswith(key)), GOOD)
     line = Text(set_cell_size(clip(row.name, columns.name, view.glyphs), columns.name) + GAP)
     styles = {"idle": DIM, "busy": colour, "reversed": f"{colour} reverse"}
-    shifted = [(a - view.age, b - view.age if b < 0 else 0.0) for a, b in row.blocks]
+    shifted = [(a + shift, b + shift if b < 0 else 0.0) for a, b in row.blocks]
     for kind, text in bars.runs(bars.coverage(shifted, window, columns.bar), view.glyphs):
         line.append(text, styles[kind])
     line.append(f"{GAP}{words.percent(row.busy_share):>5}")
@@ -221,11 +222,12 @@ def _axis(snapshot: Snapshot, view: View) -> list[Text]:
     if not snapshot.stages:
         return []
     columns = _Columns.of(snapshot.stages, view.inner)
-    left = f"{bars.nice_window(snapshot.period_s):g} s ago"
-    space = columns.bar - len(left) - 3
+    left = f"{bars.nice_window(snapshot.period_s) + snapshot.delay_s:.2g} s ago"
+    right = f"{snapshot.delay_s:.1g} s ago" if snapshot.delay_s else "now"
+    space = columns.bar - len(left) - len(right)
     if space < 1:
         return []
-    axis = " " * (columns.name + 2) + left + " " * space + "now"
+    axis = " " * (columns.name + 2) + left + " " * space + right
     if columns.bubble and snapshot.period_s:
         axis += f"{GAP}{'':>5}{GAP} period {words.milliseconds(snapshot.period_s * 1000):>7}"
     return [Text(axis, DIM)]

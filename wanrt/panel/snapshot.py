@@ -73,6 +73,8 @@ class Snapshot:
     frames_done, frames_total: pixel frames delivered and wanted (None: endless). fps_target: of the video.
     period_s: median time of a chunk, sets the span of the moving bars. scene: number of the current scene
     from 1. blend_from, blend: during a transition the old prompt, and how much of the new one is in, 0..1.
+    delay_s: how late blocks of other ranks or of a device become known; the bars end that long ago, so that none
+    looks idle for want of news.
     encoder_lag_s: how far the encoder is behind, in seconds of video. warnings: newest last.
     """
 
@@ -91,6 +93,7 @@ class Snapshot:
     chunk: int | None = None
     period_s: float | None = None
     stages: tuple[StageRow, ...] = ()
+    delay_s: float = 0.0
     queues: tuple[Queue, ...] = ()
     memory: Memory | None = None
     scene: int | None = None

@@ -39,6 +39,14 @@ def stage_rows(recorder: Recorder, stats: Stats, seconds: float = 60.0) -> tuple
     return tuple(rows)
 
 
+def delay(recorder: Recorder, stats: Stats) -> float:
+    """Seconds after which spans are known: other ranks send theirs with each chunk, a device's come step by step."""
+    period = (stats.period.p50_ms or 0.0) / 1e3
+    if any(stage.rank != recorder.rank for stage in stats.stages):
+        return 1.25 * period
+    return 0.25 * period if recorder.on_device else 0.0
+
+
 def _name(stage: StageStats) -> str:
     """`mesh0`, or `decode vae1` where the rank's name does not say the stage."""
     return stage.rank if stage.rank.startswith(stage.stage) else f"{stage.stage} {stage.rank}"

@@ -6,7 +6,7 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from wanrt.panel import LoadStep, Observer, Phase, Queue, Snapshot, memory_now, stage_rows
+from wanrt.panel import LoadStep, Observer, Phase, Queue, Snapshot, delay, memory_now, stage_rows
 from wanrt.telemetry import Recorder
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class Monitor:
             chunk=self._chunk,
             period_s=stats.period.p50_ms / 1e3 if stats.period.p50_ms else None,
             stages=stage_rows(recorder, stats),
+            delay_s=delay(recorder, stats),
             queues=(Queue("encoder", queue.depth, queue.capacity),),
             encoder_lag_s=queue.depth / float(self._job.fps),
         )

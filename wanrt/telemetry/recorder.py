@@ -97,6 +97,11 @@ class Recorder:
         self._window: tuple[int, int] | None = None
         self._count = 0
 
+    @property
+    def on_device(self) -> bool:
+        """Whether spans are stamped by a device, and so known only once it has passed them."""
+        return self._device_clock is not None
+
     # --- writing --------------------------------------------------------------------------------------------
 
     def span(
