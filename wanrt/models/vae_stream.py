@@ -184,7 +184,8 @@ class StreamingVae(nn.Module):
         if x.shape[2]:
             groups = x.split(self.temporal_factor, dim=2)
             pieces.extend(self._encode_group(own_memory(group), state) for group in groups)
-        return self._moments(torch.cat(pieces, dim=2))[0]
+        # group by group to the end: a library may round a pointwise convolution by its batch size
+        return torch.cat([self._moments(piece)[0] for piece in pieces], dim=2)
 
     @torch.no_grad()
     def encode_frame(self, pixels: Tensor) -> Tensor:
