@@ -135,6 +135,7 @@ def test_encode_agrees_with_the_oracle_on_the_clip_with_its_first_frame_repeated
     want = Oracle(vae).encode(aligned)
     assert_close(stream(vae.encode, pixels, [1, 4, 4], vae.encoder_state()), want, 1e-5)
     assert_close(vae.encode_frame(pixels[:, :, :1]), want[:, :, :1], 1e-5)
+    assert_close(vae.encode_train(pixels)[0], want, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

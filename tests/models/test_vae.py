@@ -345,6 +345,14 @@ def test_latent_statistics_are_never_rounded_below_fp32() -> None:
     assert torch.equal(empty.encode_frame(frame), make_vae().encode_frame(frame))
 
 
+def test_channels_last_weights_change_no_value() -> None:
+    vae = make_vae()
+    frame = picture(1, 3, 1, 24, 32)
+    plain = vae.encode_frame(frame)
+    assert_close(vae.to_channels_last().encode_frame(frame), plain, 1e-5)
+    assert vae.encoder.conv1.weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
 @pytest.mark.parametrize("half", ["decode", "encode"])
 def test_traces_without_graph_breaks(half: str) -> None:
     """First call, steady calls and the lone frame; the traced module computes what the plain one does."""
@@ -368,7 +376,7 @@ def test_traces_without_graph_breaks(half: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_graph_of_one_steady_decode_continues_the_stream() -> None:
     """State tensors stay where they are and are updated in place, so a graph can replay the steady call."""
-    vae = make_vae(dtype=torch.float16).cuda().to(memory_format=torch.channels_last_3d)
+    vae = make_vae(dtype=torch.float16).cuda().to_channels_last()
     latents = noise(1, 16, 6, 4, 6).half().cuda()
     want = decode_all(vae, latents, [1] * 6)
     state, entry = vae.decoder_state(), latents[:, :, :1].clone()

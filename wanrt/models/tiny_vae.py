@@ -229,6 +229,15 @@ class TinyVae(StreamingVae):
         """
         return self._to_pixels(self.decoder(self._enter_decoder(latents)))[:, :, self.temporal_factor - 1 :]
 
+    def encode_train(self, pixels: Tensor) -> tuple[Tensor, None]:
+        """Encode whole clips in one differentiable pass: [B, 3, 1 + 4k, H, W] -> (mean, None), mean as `encode`.
+
+        There is no variance: TAEHV is no variational encoder. Raises `ValueError` for a wrong shape.
+        """
+        x = self._enter_encoder(pixels, first=1)
+        start = x[:, :, :1].expand(-1, -1, self.temporal_factor - 1, -1, -1)
+        return self._moments(self._encode_group(torch.cat([start, x], dim=2), None))
+
     def _decode_latent(self, z: Tensor, state: VaeState) -> Tensor:
         frames = self._to_pixels(self.decoder(z, state))
         return frames if state.started else frames[:, :, -1:]

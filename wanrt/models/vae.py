@@ -361,7 +361,7 @@ class Decoder(_Half):
 class WanVae(StreamingVae):
     """The Wan2.1 VAE. Parameters have the original names, so `Wan2.1_VAE.pth` loads with `strict=True`.
 
-    On CUDA keep the weights in channels-last: `vae.to(memory_format=torch.channels_last_3d)`.
+    On CUDA call `to_channels_last()` once after loading.
 
     `encode_frame` is purely 2-D here: a third of the arithmetic of the 3-D path, and no approximation, because
     zero history leaves only the last time tap of each kernel. So is the first call of `decode` and `encode`.

@@ -139,6 +139,15 @@ class StreamingVae(nn.Module):
             for values in self._statistics
         )
 
+    @torch.no_grad()
+    def to_channels_last(self) -> Self:
+        """Keep convolution weights in the strides that clips have, so that no call repacks them. In place."""
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        for weight in self.parameters():
+            if weight.ndim in formats:
+                weight.data = weight.data.contiguous(memory_format=formats[weight.ndim])
+        return self
+
     def decoder_state(self) -> VaeState:
         """A fresh state for one stream of `decode`."""
         return VaeState("decoder")
