@@ -14,7 +14,7 @@ import torch
 
 from wanrt.errors import RunError, UsageError
 from wanrt.pipeline import ranks, render
-from wanrt.pipeline.build import Wiring, build_pipeline, topology_of
+from wanrt.pipeline.build import Wiring, build_pipeline, settle_topology, topology_of
 from wanrt.pipeline.cancel import Cancel, CancelledError
 from wanrt.script import Curve, RenderJob, Scene, Timeline, load_preset
 from wanrt.telemetry import Recorder
@@ -112,6 +112,12 @@ def test_policies_agree_within_a_topology(job):
 def test_what_cannot_be_is_refused(job, topology, words):
     with pytest.raises(UsageError, match=words):
         topology_of(replace(job, topology=topology))
+    with pytest.raises(UsageError, match=words):
+        settle_topology(replace(job, topology=topology), CPU)
+
+
+def test_auto_on_a_cpu_is_one_rank(job):
+    assert settle_topology(replace(job, topology="auto"), CPU).topology == "single"
 
 
 def endless(job, tmp_path, topology="pp1+tp=1"):

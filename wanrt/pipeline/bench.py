@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from wanrt.errors import RunError, UsageError, WanrtError
 from wanrt.output import PixelFormat, QueuedSink, Sink, VideoSpec
-from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, find_files, make_recorder, topology_of
+from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, find_files, make_recorder, settle_topology
 from wanrt.pipeline.context import CHUNK_LATENTS, pixel_frames
 from wanrt.pipeline.encoding import RecordedSink
 from wanrt.pipeline.render import converter, one_line_errors, settings
@@ -125,9 +125,9 @@ def bench(
 
     if chunks < 2 or warm_up < 1:
         raise UsageError(f"bench of {chunks} chunks after {warm_up}: expected at least 2 after at least 1")
-    topology_of(job)
     wait_passively()
     device = choose_device(job.device)
+    job = settle_topology(job, device)
     set_threads(device)
     wanted = pixel_frames(CHUNK_LATENTS * (warm_up + chunks))
     with one_line_errors():

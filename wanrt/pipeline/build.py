@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from wanrt.errors import UsageError
@@ -67,13 +67,35 @@ def find_files(job: RenderJob) -> ModelFiles | None:
     return resolve(job.preset, job.weights)
 
 
+def settle_topology(job: RenderJob, device: torch.device) -> RenderJob:
+    """The job with `auto` replaced by what it stands for here, after all that can be refused was refused.
+
+    On CUDA devices and their memory are counted; a CPU takes any number of ranks, and `auto` is one. Raises
+    `UsageError` with the failed equation, or the memory that is missing, and what would work.
+    """
+    from wanrt.parallel.choose import resolve
+    from wanrt.parallel.report import find_machine
+    from wanrt.parallel.workload import Workload
+
+    if device.type == "cuda":
+        choice = resolve(job.topology, Workload.of(job), find_machine(None, None, None, None), job.anchor)
+        log.info("topology %s: %s", choice.topology, choice.reason)
+        job = replace(job, topology=str(choice.topology))
+    elif job.topology == "auto":
+        log.info("topology single: auto on a CPU")
+        job = replace(job, topology="single")
+    topology_of(job)
+    return job
+
+
 def topology_of(job: RenderJob) -> Topology:
-    """The topology of a job. Raises `UsageError` for one that the model cannot take or that is not there yet."""
+    """The topology of a settled job.
+
+    Raises `UsageError` for one that the model cannot take or that is not there yet.
+    """
     from wanrt.parallel.topology import ModelShape, Topology, check
 
-    if job.topology == "auto":
-        log.info("topology auto: one device")
-    topology = Topology() if job.topology == "auto" else Topology.parse(job.topology)
+    topology = Topology.parse(job.topology)
     shape = job.preset.transformer
     check(topology, ModelShape(shape.num_heads, shape.ffn_dim, job.grid[0] * job.grid[1]))
     if topology.vae > 1:

@@ -93,10 +93,14 @@ def wait_passively() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def set_threads(device: torch.device) -> int:
-    """Gives torch all usable cores on a CPU run, unless OMP_NUM_THREADS says otherwise; returns the number."""
+def set_threads(device: torch.device, processes: int = 1) -> int:
+    """Gives torch this process's share of the usable cores, unless OMP_NUM_THREADS says otherwise.
+
+    `processes`: how many share the CPU; on CUDA the host's threads hardly matter and are left alone. Returns the
+    number of threads.
+    """
     import torch
 
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(usable_cores())
+        torch.set_num_threads(max(1, usable_cores() // processes))
     return torch.get_num_threads()

@@ -124,9 +124,10 @@ class _Listener:
 def _join(
     plan: Assignment, device: torch.device, team: Team, wiring: Wiring, cleanup: Callable[[], None]
 ) -> Pipeline:
-    from wanrt.pipeline.devices import choose_precision
+    from wanrt.pipeline.devices import choose_precision, set_threads
     from wanrt.pipeline.models import load_stage0
 
+    set_threads(device, plan.topology.devices)
     try:
         group = _enter(plan, device)
     except RuntimeError as error:
@@ -149,17 +150,15 @@ def _join(
 
 def work(pipe: Connection, plan: Assignment) -> None:
     """The life of a mesh rank: load, say so, serve."""
-    import torch
-
-    from wanrt.pipeline.devices import set_threads, usable_cores, wait_passively
+    from wanrt.pipeline.devices import set_threads, wait_passively
 
     wait_passively()
+    import torch
+
     device = torch.device(plan.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        set_threads(device)
-        torch.set_num_threads(max(1, usable_cores() // plan.topology.devices))
+    log.info("%s, %d threads", device, set_threads(device, plan.topology.devices))
     group = _enter(plan, device)
     assert group is not None, "every rank but stage 0 is in the mesh"
     recorder = make_recorder(plan.job, device, plan.started_ns, plan.name)

@@ -79,7 +79,7 @@ class _Run:
     def prepare(self) -> None:
         """Everything that can be refused without loading a model."""
         from wanrt.output import check_target
-        from wanrt.pipeline.build import find_files, topology_of
+        from wanrt.pipeline.build import find_files, settle_topology
         from wanrt.pipeline.devices import choose_device, wait_passively
 
         job = self._job
@@ -91,10 +91,10 @@ class _Run:
                 raise UsageError(
                     f"{path}: no directory {path.absolute().parent}; create it or choose another path"
                 )
-        topology_of(job)
         self._files = find_files(job)
         wait_passively()
         self._device = choose_device(job.device)
+        self._job = settle_topology(job, self._device)
 
     def go(self) -> None:
         """Loads, makes, finishes, writes the measurements."""
