@@ -45,6 +45,7 @@ class CudaClock:
     One pair (event, host time) is taken at construction, with a synchronisation. Host and device oscillators
     then drift apart by some 10 us a second; the mapping is kept true by causality alone: no event runs before
     the host recorded it nor after the host saw it done, and a violation shifts the base by as much.
+    A device clock that runs fast is thus held to a few milliseconds, one that runs slow to microseconds.
     """
 
     def __init__(self, device: torch.device | str, clock: Clock = host_clock) -> None:
