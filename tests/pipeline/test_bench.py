@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from fractions import Fraction
 
@@ -46,6 +47,17 @@ def test_columns_of_a_known_recording(job):
     assert (got.costs.mesh, got.costs.decode, got.costs.encode) == pytest.approx((885 - 2 * 57, 57, 13))
     assert simulate(got.costs, "anchor-only", pp1=False).period == pytest.approx(955)
     json.dumps(got.document())
+
+
+def test_the_ranks_of_a_mesh_count_once(job):
+    def two_ranks(chunk, start):
+        spans = seed_chunk(chunk, start)
+        return [*spans, *(dataclasses.replace(s, rank="mesh1") for s in spans if s.stage == "mesh")]
+
+    spans = {chunk: two_ranks(chunk, 955 * chunk) for chunk in range(3, 9)}
+    got = report(dataclasses.replace(job, topology="pp1+tp=2"), spans, 3, (1.0, 2.0), None, Tuning())
+    assert got.mesh.p50_ms == pytest.approx(885)
+    assert got.costs.mesh == pytest.approx(885)
 
 
 def test_an_incomplete_recording_is_refused(job):

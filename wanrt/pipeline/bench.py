@@ -172,6 +172,7 @@ def report(
     mesh = {c: [s for s in spans[c] if s.stage == "mesh" and s.rank == ranks[0]] for c in chunks if ranks}
     if not mesh or not all(mesh.values()):
         raise RunError("bench: the recording lacks passes of some chunks; this is a defect of wanrt")
+    one_rank = {c: [*mesh[c], *(s for s in spans[c] if s.stage != "mesh")] for c in chunks}
     start = {c: min(s.start_ns for s in mesh[c]) for c in chunks}
     end = {c: max(s.end_ns for s in mesh[c]) for c in chunks}
     pairs = list(pairwise(chunks))
@@ -184,7 +185,7 @@ def report(
         mesh=Timing.of(sum(s.duration_ns for s in mesh[c]) for c in chunks),
         stage0=Timing.of(sum(s.duration_ns for s in spans[c] if s.stage == "stage0") for c in chunks),
         anchor_path=Timing.of(start[b] - end[a] for a, b in pairs),
-        costs=StageCosts.of_chunks(spans, shared=job.topology in ("single", "auto")),
+        costs=StageCosts.of_chunks(one_rank, shared=job.topology == "single"),
         load_s=seconds[0],
         warm_up_s=seconds[1],
         memory_bytes=memory,
