@@ -195,10 +195,14 @@ class LiveSink(Sink):
         self._close()
         return None
 
-    def _close(self) -> None:
+    def end(self) -> None:
+        """Show what is at hand and then nothing: the last frame is not repeated any more."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+
+    def _close(self) -> None:
+        self.end()
         self._thread.join()
         for delivery in self._deliveries:
             delivery.end()

@@ -61,6 +61,9 @@ class Sink(ABC):
             OutputError: when it cannot be written.
         """
 
+    def end(self) -> None:  # noqa: B027 (optional)
+        """No more frames will come; returns at once. For sinks that show the last frame until the next one."""
+
     @abstractmethod
     def finish(self) -> Path:
         """Complete the video under its final name, also when it was cut short, and return that name.

@@ -54,6 +54,8 @@ class TeeSink(Sink):
         """Finish all; returns the first path. Raises OutputError naming those that failed, after finishing
         the rest."""
         paths: list[Path] = []
+        for sink in self.sinks:
+            sink.end()
         if self.sinks:
             self._each(lambda sink: paths.append(sink.finish()))
         if self.failures:
