@@ -233,11 +233,20 @@ class Delivery:
     def _deliver(self, connection: Connection) -> None:
         while not (self._closing and not self._packets):
             if packet := self._next():
-                connection.deliver(packet)
-                self._sent += 1
+                self._deliver_one(connection, packet)
             else:
                 connection.idle()
         connection.close()
+
+    def _deliver_one(self, connection: Connection, packet: LivePacket) -> None:
+        try:
+            connection.deliver(packet)
+        except BaseException:
+            with self._changed:
+                self._dropped += 1
+            raise
+        with self._changed:
+            self._sent += 1
 
     def _next(self) -> LivePacket | None:
         with self._changed:
