@@ -259,7 +259,11 @@ def _graphed(
 
 
 def biases_on(job: RenderJob) -> frozenset[bool]:
-    """Whether the scenes of a job use the attention bias: never, always, or both."""
+    """Whether the scenes of a job use the attention bias: never, always, or both. Live ones may turn to either."""
+    from wanrt.pipeline.live import LiveTimeline
+
+    if isinstance(job.timeline, LiveTimeline):
+        return frozenset({True, False})
     scenes = job.timeline.scenes
     return frozenset((job.bias if scene.bias is None else scene.bias) != 1.0 for scene in scenes)
 
