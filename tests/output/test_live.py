@@ -51,40 +51,40 @@ def phases(sink):
 def test_rtmp_to_ffmpeg(tmp_path, receiver, free_port, decode, movie, psnr, eventually):
     url = f"rtmp://127.0.0.1:{free_port()}/live/s3cret"
     process = receiver("-listen", 1, "-i", url, "-c", "copy", "-f", "flv", tmp_path / "a.flv")
-    frames = movie(120)
+    frames = movie(72)
     time.sleep(0.3)  # for it to listen; else the first attempt fails and the next comes a second later
     sink = LiveSink([url], SPEC, threads=1)
     eventually(lambda: phases(sink) == [DeliveryPhase.LIVE])
     began = time.monotonic()
-    for at in range(0, 120, 12):
+    for at in range(0, 72, 12):
         sink.write(frames[at : at + 12])
     sink.finish()
-    assert time.monotonic() - began >= 118 / 48, "paced: not faster than real time"
+    assert time.monotonic() - began >= 70 / 48, "paced: not faster than real time"
     process.wait(10)
     got = decode(tmp_path / "a.flv")
-    assert len(got.frames) == 120
+    assert len(got.frames) == 72
     assert psnr(got.frames, frames) >= 35
-    assert [start * 1000 for start in got.starts] == [round(1000 * number / 48) for number in range(120)]
+    assert [start * 1000 for start in got.starts] == [round(1000 * number / 48) for number in range(72)]
     assert re.search(r"Video: h264 \((Main|High)\), yuv420p\(tv, bt709", got.words)
     assert "Audio: aac (LC), 48000 Hz, stereo" in got.words
     state = sink.state
-    assert (state.ticks, state.repeated, state.targets[0].sent) == (120, 0, 120)
+    assert (state.ticks, state.repeated, state.targets[0].sent) == (72, 0, 72)
     assert state.blocked > 0
 
 
 @pytest.mark.parametrize("scheme", ["udp", "srt"])
 def test_transport_streams(tmp_path, receiver, free_port, decode, movie, eventually, scheme):
     url = f"{scheme}://127.0.0.1:{free_port()}"
-    listen = "?timeout=1000000" if scheme == "udp" else "?mode=listener"
+    listen = "?timeout=400000" if scheme == "udp" else "?mode=listener"
     process = receiver("-i", url + listen, "-c", "copy", "-f", "mpegts", tmp_path / "a.ts")
     time.sleep(0.4)
     sink = LiveSink([url], SPEC, threads=1)
     eventually(lambda: phases(sink) == [DeliveryPhase.LIVE])
-    sink.write(movie(96))
+    sink.write(movie(60))
     sink.finish()
     process.wait(10)
     got = decode(tmp_path / "a.ts")
-    assert len(got.frames) >= 88, "the last may be under way when the receiver ends"
+    assert len(got.frames) >= 52, "the last may be under way when the receiver ends"
     assert set(np.diff(got.starts)) <= {1875 * (got.starts[1] - got.starts[0]) / 1875}, "90 kHz / 48 is whole"
     assert "Audio: aac (LC)" in got.words
 

@@ -18,7 +18,7 @@ from wanrt.output.live import LiveSink
 from wanrt.output.tee import TeeSink
 
 MODULE = Path("/usr/lib/nginx/modules/ngx_rtmp_module.so")
-SPEC = VideoSpec(96, 64, 24)
+SPEC = VideoSpec(96, 64, 48)
 CONFIGURATION = """
 load_module {module};
 daemon off; master_process off; pid {place}/pid; error_log {place}/error.log info;
@@ -102,8 +102,8 @@ def test_hls_of_nginx_plays(nginx, decode, movie, eventually):
     eventually(lambda: (nginx.place / "pid").exists())
     sink = LiveSink([nginx.url()], SPEC, threads=1)
     eventually(lambda: is_live(sink))
-    frames = movie(96)
-    for at in range(0, 96, 12):
+    frames = movie(108)
+    for at in range(0, 108, 12):
         sink.write(frames[at : at + 12])
     sink.finish()
     playlist = nginx.place / "hls" / "s3cret.m3u8"
@@ -111,9 +111,9 @@ def test_hls_of_nginx_plays(nginx, decode, movie, eventually):
     whole = playlist.with_name("whole.m3u8")
     whole.write_text(playlist.read_text() + "#EXT-X-ENDLIST\n")  # else ffmpeg waits for more
     got = decode(whole)
-    assert 48 <= len(got.frames) <= 96, "whole segments of one GOP"
+    assert 96 <= len(got.frames) <= 108, "whole segments of one GOP"
     steps = {b - a for a, b in zip(got.starts, got.starts[1:], strict=False)}
-    assert all(abs(step - Fraction(1, 24)) <= Fraction(1, 1000) for step in steps)
+    assert all(abs(step - Fraction(1, 48)) <= Fraction(1, 1000) for step in steps)
     assert "Audio: aac (LC)" in got.words
 
 
@@ -160,7 +160,7 @@ def test_absent_restarted_and_the_recording_is_whole(nginx, tmp_path, generator,
     assert target.sent + target.dropped == live.state.ticks, "every frame shown is accounted for"
     recording = decode(tmp_path / "a.mp4")
     assert len(recording.frames) == written
-    assert recording.starts == [Fraction(number, 24) for number in range(written)]
+    assert recording.starts == [Fraction(number, 48) for number in range(written)]
     assert "s3cret" not in caplog.text
     assert "127.0.0.1: live again (connection 3)" in caplog.text
 
