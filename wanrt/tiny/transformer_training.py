@@ -41,6 +41,10 @@ CLASSES = tuple(len(v) + (k == "shape") for k, v in ATTRIBUTES.items())
 """Classes of the read-out: no object is one more shape."""
 
 
+FILES = {"transformer": "transformer", "text_encoder": "text"}
+"""File name of an exported part, and its name in `Learner`."""
+
+
 @dataclass(frozen=True)
 class TransformerRecipe:
     """How the transformer is trained; `batch` chunks per rank and step."""
@@ -318,8 +322,8 @@ def export(run: training.Run, out: Path) -> None:
     from safetensors.torch import save_file
 
     shadow = dict(zip(run.names, run.average.shadow, strict=True))
-    for name in ("transformer", "text"):
-        prefix = name + "."
+    for name, module in FILES.items():
+        prefix = module + "."
         weights = {k.removeprefix(prefix): v for k, v in shadow.items() if k.startswith(prefix)}
         save_file({k: v.half().contiguous().cpu() for k, v in weights.items()}, out / f"{name}.safetensors")
 
@@ -329,8 +333,8 @@ def import_weights(run: training.Run, folder: Path) -> None:
     from safetensors.torch import load_file
 
     source: dict[str, Tensor] = {}
-    for name in ("transformer", "text"):
-        source |= {f"{name}.{k}": v for k, v in load_file(folder / f"{name}.safetensors").items()}
+    for name, module in FILES.items():
+        source |= {f"{module}.{k}": v for k, v in load_file(folder / f"{name}.safetensors").items()}
     with torch.no_grad():
         for name, p, a in zip(run.names, run.params, run.average.shadow, strict=True):
             if name in source:
@@ -346,7 +350,7 @@ def load_models(folder: Path, device: torch.device | str = "cpu") -> tuple[WanTr
         WanTransformer(TRANSFORMER_CONFIG),
         UMT5Encoder(TEXT_CONFIG),
     )
-    for model, name in zip(models, ("transformer", "text"), strict=True):
+    for model, name in zip(models, FILES, strict=True):
         model.load_state_dict({k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()})
         model.to(device).eval().requires_grad_(False)
     return models
