@@ -105,7 +105,7 @@ def test_a_matrix_marks_what_cannot_be_run(tmp_path):
     entries = entries_of(None, "single:latent,tp=3:anchor-only")
     printed = run_bench(flags, entries, 2, 1, Tuning(), str(out))
     assert "single latent" in printed
-    assert "not measured: tp=3 anchor-only: --topology tp=3: 4 % 3 = 1" in printed
+    assert "not measured: tp=3 anchor-only: --topology tp=3: 8 % 3 = 2" in printed
     assert "reason" in json.loads(out.read_text())["runs"][1]
     with pytest.raises(UsageError, match="4 % 3"):
         run_bench(flags, entries[1:], 2, 1, Tuning(), None)

@@ -107,7 +107,7 @@ def test_policies_agree_within_a_topology(job):
 
 @pytest.mark.parametrize(
     ("topology", "words"),
-    [("tp=5", r"4 % 5"), ("pp1+tp=2+vae=2", "leave out"), ("tp=2+tp=2", "topology")],
+    [("tp=5", r"8 % 5"), ("pp1+tp=2+vae=2", "leave out"), ("tp=2+tp=2", "topology")],
 )
 def test_what_cannot_be_is_refused(job, topology, words):
     with pytest.raises(UsageError, match=words):

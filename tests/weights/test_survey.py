@@ -47,7 +47,7 @@ def test_files_are_named_by_content(directory):
     held = {item.path: item for item in survey(directory)}
     assert set(held) == {"mystery.pt", "text_encoder.safetensors", "stranger.safetensors"}
     assert held["mystery.pt"].what.startswith("Wan transformer")
-    assert held["mystery.pt"].what.endswith("(dim 192, 6 layers), 4.0M float16")
+    assert held["mystery.pt"].what.endswith("(dim 320, 8 layers), 12.9M float16")
     assert held["mystery.pt"].fits == ("wan-tiny (transformer, by its sizes)",)
     assert held["text_encoder.safetensors"].fits == ("wan-tiny (text encoder)",)
     assert held["stranger.safetensors"].what == "unknown tensors, 0.0M float32"
@@ -165,7 +165,7 @@ def test_command_convert(directory, tmp_path, capsys):
         )
         == 0
     )
-    assert capsys.readouterr().out.endswith("(dim 192, 6 layers), 4.0M bfloat16, diffusers names\n")
+    assert capsys.readouterr().out.endswith("(dim 320, 8 layers), 12.9M bfloat16, diffusers names\n")
     assert wanrt(["weights", "convert", str(directory / "mystery.pt"), str(target)]) == 1
     assert "--force overwrites it" in capsys.readouterr().err
     assert wanrt(["weights", "convert", str(directory / "stranger.safetensors"), str(target)]) == 2
