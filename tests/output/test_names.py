@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from wanrt.errors import OutputError, UsageError
-from wanrt.output import Quality, Target, VideoSpec, check_target, exact_fps
+from wanrt.output import Quality, Target, VideoSpec, check_target, exact_fps, open_sink
 
 
 @pytest.mark.parametrize(
@@ -122,12 +122,13 @@ def test_temporary_names_are_hidden_beside_the_target_and_unique(tmp_path):
         path.touch()  # short enough for the file system
 
 
-def test_leftovers_of_killed_runs_are_named(tmp_path, caplog):
+def test_leftovers_of_killed_runs_are_named_once(tmp_path, caplog):
     dead, living = (tmp_path / f".a.mp4.{pid}-abcdef.part.mp4" for pid in (999999999, os.getpid()))
     for path in (dead, living):
         path.touch()
     with caplog.at_level(logging.WARNING, "wanrt.output"):
-        check_target(tmp_path / "a.mp4")
+        check_target(tmp_path / "a.mp4")  # as a run does before it loads anything
+        open_sink(tmp_path / "a.mp4", VideoSpec(32, 32, 16)).abort()
     assert [dead.name in message for message in caplog.messages] == [True]
 
 

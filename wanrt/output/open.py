@@ -15,7 +15,7 @@ from .quality import Quality
 from .queued import QueuedSink
 from .sink import Sink
 from .spec import VideoSpec
-from .target import Target, check_target
+from .target import Target, check_target, report_leftovers
 
 if TYPE_CHECKING:
     from .tee import TeeSink
@@ -54,6 +54,7 @@ def open_sink(
         OutputError: it cannot be written there, or nothing here encodes that codec.
     """
     target = check_target(path, force, codec)
+    report_leftovers(target)  # here, not in check_target: a run checks its target again before it opens it
     tags, chosen = as_tags(metadata), Quality.parse(quality)
     if target.container == "png":
         from .images import PngSink

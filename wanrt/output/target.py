@@ -133,7 +133,6 @@ def check_target(path: str | os.PathLike[str], force: bool = False, codec: str |
         )
     if not force:
         refuse_existing(target)
-    _report_leftovers(target)
     return target
 
 
@@ -164,7 +163,7 @@ def _check_directory(target: Target) -> None:
         ) from error
 
 
-def _report_leftovers(target: Target) -> None:
+def report_leftovers(target: Target) -> None:
     """Say which temporary files of killed runs lie beside the target; they play, and only their owner may
     drop them."""
     for file in target.path.parent.glob(f".{_glob_escaped(target.name[:120])}.*.part.*"):

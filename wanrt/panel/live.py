@@ -98,6 +98,7 @@ class LivePanel:
         self._snapshot: Snapshot | None = None
         self._taken_s = 0.0
         self._lock = threading.Lock()
+        self._begun = threading.Event()  # there is something to paint, or nothing ever will be
         self._stop = threading.Event()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="wanrt-panel", daemon=True) if thread else None
@@ -110,6 +111,7 @@ class LivePanel:
         with self._lock:
             self._taken_s = self._clock() if snapshot.at_s is None else snapshot.at_s
             self._snapshot = snapshot
+        self._begun.set()
 
     def log(self, line: str, level: int = logging.INFO) -> None:
         """Print `line` above the panel."""
@@ -121,6 +123,7 @@ class LivePanel:
     def close(self, summary: Summary | None = None) -> None:
         """Stop painting, take the panel away, and leave the summary in its place."""
         self._stop.set()
+        self._begun.set()
         if self._thread:
             self._thread.join(timeout=2)
         self._raise()
@@ -146,12 +149,14 @@ class LivePanel:
             self._painter.paint(layout.lines(self._snapshot, layout.View(columns, rows, self._glyphs, age)))
 
     def _run(self) -> None:
-        while not self._stop.wait(INTERVAL_S):
+        self._begun.wait()  # the first snapshot is shown at once: what follows may hold the interpreter for seconds
+        while not self._stop.is_set():
             try:
                 self.paint()
             except Exception as error:  # kept for _raise: a thread has nobody to raise to
                 self._error = error
                 return
+            self._stop.wait(INTERVAL_S)
 
     def _raise(self) -> None:
         if self._error:

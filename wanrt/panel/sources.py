@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import psutil
 
@@ -75,12 +76,19 @@ def memory_now() -> Memory:
 
     Reads /proc and asks the driver: call it once or twice a second, not per frame.
     """
-    torch = sys.modules.get("torch")
+    torch = _torch()
     used = total = None
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         infos = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
         used, total = max(((size - free, size) for free, size in infos), key=lambda pair: pair[0] / pair[1])
     return Memory(rss=_tree_rss(), device_used=used, device_total=total)
+
+
+def _torch() -> Any:
+    """torch if it is imported, not if it is being imported: the panel is up while the run imports it."""
+    torch = sys.modules.get("torch")
+    spec = getattr(torch, "__spec__", None)
+    return None if spec is None or getattr(spec, "_initializing", False) else torch
 
 
 def _tree_rss() -> int:

@@ -60,12 +60,12 @@ def load_stage0(
         log.warning(
             "random weights: the picture means nothing; prompts are hashed, the text encoder is not loaded"
         )
-        with _timed(progress, "VAE"):
+        with timed(progress, "VAE"):
             vae = _random_vae(job, device, precision)
         return Stage0Models(vae, partial(hashed_embedding, job.preset.transformer.text_dim, device))
-    with _timed(progress, "text encoder"):
+    with timed(progress, "text encoder"):
         encode = _text_encoder(job.preset, files, device, precision)
-    with _timed(progress, "VAE"):
+    with timed(progress, "VAE"):
         vae = _vae(job.preset, files, device, precision)
     return Stage0Models(vae, encode)
 
@@ -88,7 +88,7 @@ def load_transformer(
     from wanrt.weights.loading import build_on_meta, fill, open_transformer
     from wanrt.weights.random import RandomSource
 
-    with _timed(progress, "transformer"):
+    with timed(progress, "transformer"):
         model = callee = build_on_meta(lambda: WanTransformer(job.preset.transformer_config()))
         if files is None:
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -184,7 +184,8 @@ def compile_blocks(transformer: WanTransformer) -> None:
 
 
 @contextmanager
-def _timed(progress: Progress, part: str) -> Iterator[None]:
+def timed(progress: Progress, part: str) -> Iterator[None]:
+    """Tells `progress` that `part` begins, and after the block how long it took."""
     progress(part, None)
     started = time.perf_counter()
     yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,11 +22,14 @@ MEMORY_EVERY = 4  # snapshots between two looks at /proc
 class Monitor:
     """Snapshots of one run. The run calls `load`, `watch` and `delivered`; the thread does the rest."""
 
-    def __init__(self, job: RenderJob, observer: Observer) -> None:
+    def __init__(self, job: RenderJob, observer: Observer, started_ns: int | None = None) -> None:
+        """`started_ns` (`time.perf_counter_ns`): when the command began; default now."""
         self._job, self._observer = job, observer
+        self._started_ns = time.perf_counter_ns() if started_ns is None else started_ns
         self._recorder: Recorder | None = None
         self._sink: QueuedSink | None = None
         self._steps: dict[str, LoadStep] = {}
+        self._began_s: dict[str, float] = {}
         self._chunk: int | None = None
         self._phase = Phase.LOADING
         self._memory = memory_now()
@@ -34,7 +38,8 @@ class Monitor:
         self._thread = threading.Thread(target=self._work, name="wanrt-monitor", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Shows a first snapshot and starts the thread."""
+        self._observer.update(self.snapshot())
         self._thread.start()
 
     def stop(self) -> None:
@@ -47,6 +52,7 @@ class Monitor:
     def load(self, part: str, seconds: float | None) -> None:
         """Loading of `part` begins (`seconds` None) or is done."""
         state = "active" if seconds is None else "done"
+        self._began_s.setdefault(part, self._elapsed_s())
         self._steps = {**self._steps, part: LoadStep(part, state, seconds=seconds)}  # type: ignore[arg-type]
 
     def watch(self, recorder: Recorder, sink: QueuedSink) -> None:
@@ -68,18 +74,28 @@ class Monitor:
         subtitle = f"{job.preset.name} {job.width}x{job.height} seed {job.seed}"
         base = Snapshot(
             phase=self._phase,
+            elapsed_s=self._elapsed_s(),
             title=job.title,
             subtitle=subtitle,
             output=str(job.output or ""),
             frames_total=job.frames,
             fps_target=float(job.fps),
             memory=self._memory,
-            load=tuple(self._steps.values()),
+            load=tuple(self._ticking(step) for step in self._steps.values()),
             warnings=job.notes,
         )
         if self._recorder is None or self._sink is None:
             return base
         return self._with_scene(self._with_numbers(base, self._recorder, self._sink))
+
+    def _elapsed_s(self) -> float:
+        return (time.perf_counter_ns() - self._started_ns) / 1e9
+
+    def _ticking(self, step: LoadStep) -> LoadStep:
+        """A step under way with the seconds it has taken so far."""
+        if step.state != "active":
+            return step
+        return replace(step, seconds=self._elapsed_s() - self._began_s[step.name])
 
     def _with_numbers(self, base: Snapshot, recorder: Recorder, sink: QueuedSink) -> Snapshot:
         stats, queue = recorder.stats(), sink.state

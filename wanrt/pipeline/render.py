@@ -53,11 +53,11 @@ def render(
     from wanrt.pipeline.monitor import Monitor
 
     cancel = cancel or Cancel()
-    monitor = Monitor(job, observer)
+    monitor = Monitor(job, observer, started_ns)
     with ending_on_signals(cancel):
         run = _Run(job, cancel, monitor, started_ns)
         try:
-            run.prepare()
+            run.check()
             monitor.start()
             run.go()
         finally:
@@ -76,30 +76,26 @@ class _Run:
         self._stopped = ""
         self._error: WanrtError | None = None
 
-    def prepare(self) -> None:
-        """Everything that can be refused without loading a model."""
+    def check(self) -> None:
+        """Everything that can be refused within milliseconds: nothing heavy is imported for it."""
         from wanrt.output import check_target
-        from wanrt.pipeline.build import find_files, settle_topology
-        from wanrt.pipeline.devices import choose_device, wait_passively
+        from wanrt.telemetry.files import check_measurement
 
         job = self._job
         if job.output is None:
             raise UsageError("no output file; name one with -o FILE.mp4")
-        self._target = check_target(job.output, job.force, job.codec)
+        check_target(job.output, job.force, job.codec)
+        others = {job.output.absolute()}
         for path in (job.stats, job.trace):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise UsageError(
-                    f"{path}: no directory {path.absolute().parent}; create it or choose another path"
-                )
-        self._files = find_files(job)
-        wait_passively()
-        self._device = choose_device(job.device)
-        self._job = settle_topology(job, self._device)
+            if path is not None:
+                check_measurement(path, others)
+                others.add(path.absolute())
 
     def go(self) -> None:
         """Loads, makes, finishes, writes the measurements."""
         try:
             with one_line_errors():
+                self._settle()
                 self._make()
         except CancelledError as ended:
             self._stopped = str(ended)
@@ -110,6 +106,20 @@ class _Run:
         self._write_measurements()
         if self._error is not None:
             raise self._error
+
+    def _settle(self) -> None:
+        """Files, device and topology; what can be refused without loading a model is refused here."""
+        from wanrt.pipeline.devices import choose_device, wait_passively
+        from wanrt.pipeline.models import timed
+
+        with timed(self._monitor.load, "PyTorch"):
+            wait_passively()
+            from wanrt.pipeline.build import find_files, settle_topology
+
+            self._files = find_files(self._job)
+            self._device = choose_device(self._job.device)
+        self._cancel.check()
+        self._job = settle_topology(self._job, self._device)
 
     def _make(self) -> None:
         from wanrt.pipeline.build import Wiring, build_pipeline, make_recorder
