@@ -157,7 +157,7 @@ def test_nothing_is_loaded_for_a_target_that_is_there(wanrt, tmp_path):
     [
         (["--device", "cuda:7"], "CUDA devices here"),
         (["--device", "tpu"], "expected auto, cpu, cuda"),
-        (["--topology", "tp=3"], "4 % 3"),
+        (["--topology", "tp=3"], "8 % 3"),
         (["--stats", "/nonexistent/s.json"], "/nonexistent"),
         (["-o", "/nonexistent/x.mp4"], "/nonexistent"),
         (["-o", "x.xyz"], ".xyz"),

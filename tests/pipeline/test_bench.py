@@ -107,7 +107,7 @@ def test_a_matrix_marks_what_cannot_be_run(tmp_path):
     assert "single latent" in printed
     assert "not measured: tp=3 anchor-only: --topology tp=3: 8 % 3 = 2" in printed
     assert "reason" in json.loads(out.read_text())["runs"][1]
-    with pytest.raises(UsageError, match="4 % 3"):
+    with pytest.raises(UsageError, match="8 % 3"):
         run_bench(flags, entries[1:], 2, 1, Tuning(), None)
 
 

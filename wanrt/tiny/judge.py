@@ -41,7 +41,7 @@ class Judge(nn.Module):
         )
         layers: list[nn.Module] = []
         for a, b, kernel, stride in plan:
-            padding = tuple(k // 2 for k in kernel)
+            padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
             layers += [nn.Conv3d(a, b, kernel, stride, padding), nn.GroupNorm(8, b), nn.GELU()]
         self.body = nn.Sequential(*layers)
         self.squeeze = nn.Conv3d(128, 16, 1)
@@ -106,7 +106,7 @@ def train_judge(budget: Budget, *, seed: int = 3, batch: int = 48, lr: float = 1
         run.update(ranks, budget.rate(run.step, progress), clip=5.0)
         if run.step % 100 == 0:
             seconds = time.monotonic() - begun
-            logger.info("judge step %d (%.0f s): loss %.3f", run.step, seconds, float(loss))
+            logger.info("judge step %d (%.0f s): loss %.3f", run.step, seconds, float(loss.detach()))
     run.average.swap(run.params)
     return judge.eval(), world
 

@@ -127,4 +127,5 @@ def scene(*, shape: str | None, colour: str = "red", motion: str = "floating", b
     """One canonical scene (no jitter) from names; `shape` None shows the background alone."""
     index = NO_OBJECT if shape is None else SHAPES.index(shape)
     values = (index, COLOURS.index(colour), MOTIONS.index(motion), BACKGROUNDS.index(background))
-    return Scenes(*(torch.tensor([v]) for v in values), torch.zeros(1, JITTERS))
+    columns = dict(zip(ATTRIBUTES, (torch.tensor([v]) for v in values), strict=True))
+    return Scenes(**columns, jitter=torch.zeros(1, JITTERS))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wanrt.models.text_encoder import TextEncoderConfig, UMT5Encoder
-from wanrt.models.transformer import TextKV, TransformerConfig, WanTransformer
+from wanrt.models.transformer import Block, TextKV, TransformerConfig, WanTransformer
 from wanrt.models.vae import WanVae
 from wanrt.pipeline.schedule import nearest_sigma
 from wanrt.tiny import training
@@ -100,8 +100,9 @@ def start_weights_(model: WanTransformer) -> None:
     nn.init.zeros_(model.head.head.weight)
     nn.init.normal_(model.time_projection[1].weight, std=0.02)  # type: ignore[arg-type]
     for block in model.blocks:
-        block.modulation.zero_()  # type: ignore[operator]
-        block.modulation[:, (2, 5)] = 0.4  # type: ignore[index]
+        assert isinstance(block, Block)
+        block.modulation.zero_()
+        block.modulation[:, (2, 5)] = 0.4
     model.head.modulation.zero_()
 
 

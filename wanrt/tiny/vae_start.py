@@ -26,21 +26,30 @@ RESIDUAL = 0.2
 """Scale of the last convolution of every residual branch, against PyTorch's default."""
 
 
-def _clear(conv: nn.Conv2d | nn.Conv3d, rows: int, columns: int) -> None:
-    """Cut the wired outputs off from everything and leave no bias on them."""
-    conv.weight[:rows] = 0
-    if conv.bias is not None:
-        conv.bias[: conv.bias.shape[0]] = 0
+Conv = nn.Conv2d | nn.Conv3d
 
 
-def _pass(conv: nn.Conv2d | nn.Conv3d, kernel: Tensor, rows: int = 0) -> None:
-    """Output `rows` + i = input i through `kernel`, for the wired channels."""
+def _conv(module: object) -> Conv:
+    """`module`, known to be a convolution."""
+    assert isinstance(module, Conv)
+    return module
+
+
+def _bias(conv: Conv) -> Tensor:
+    """The bias, known to be there."""
+    assert conv.bias is not None
+    return conv.bias
+
+
+def _pass(conv: Conv, kernel: Tensor, rows: int = 0) -> None:
+    """Output `rows` + i = input i through `kernel`, for the wired channels; no bias on any channel."""
+    _bias(conv).zero_()
     for i in range(WIRED):
         conv.weight[rows + i] = 0
         conv.weight[rows + i, i] = kernel
 
 
-def _centre(conv: nn.Conv2d | nn.Conv3d) -> Tensor:
+def _centre(conv: Conv) -> Tensor:
     """A kernel that picks the present frame and pixel (the last time tap, the middle in space)."""
     kernel = torch.zeros_like(conv.weight[0, 0])
     index = [n // 2 for n in kernel.shape]
@@ -50,59 +59,64 @@ def _centre(conv: nn.Conv2d | nn.Conv3d) -> Tensor:
     return kernel
 
 
-def _enter(conv: nn.Conv3d) -> None:
+def _enter(conv: Conv) -> None:
     """First convolution of a half: channels 0..2, their negatives, the constant."""
-    _clear(conv, WIRED, 0)
+    conv.weight[:WIRED] = 0
+    _bias(conv).zero_()
     centre = _centre(conv)
     for i in range(3):
         conv.weight[i, i], conv.weight[3 + i, i] = centre, -centre
-    assert conv.bias is not None
-    conv.bias[6] = LEVEL
+    _bias(conv)[6] = LEVEL
 
 
-def _leave(conv: nn.Conv3d) -> None:
+def _leave(conv: Conv) -> None:
     """Last convolution of a half: output i = pair i, through the SiLU before it."""
-    _clear(conv, 3, 0)
+    conv.weight[:3] = 0
+    _bias(conv).zero_()
     centre = _centre(conv)
     for i in range(3):
         conv.weight[i, i], conv.weight[i, 3 + i] = centre, -centre
 
 
+def _shrink(conv: Conv) -> None:
+    """The end of a residual branch: small, without a bias."""
+    conv.weight.mul_(RESIDUAL)
+    _bias(conv).zero_()
+
+
+def _average(conv: Conv) -> Tensor:
+    """A kernel that averages the 2x2 pixels, or the two newest frames, that stride 2 stands for."""
+    kernel = torch.zeros_like(conv.weight[0, 0])
+    if kernel.ndim == 2:
+        kernel[:2, :2] = 0.25
+    else:
+        kernel[1:] = 0.5
+    return kernel
+
+
 def _block(module: nn.Module) -> None:
     if isinstance(module, ResidualBlock):
-        last = module.residual["6"]
-        last.weight.mul_(RESIDUAL)
-        last.bias.zero_()
+        _shrink(_conv(module.residual["6"]))
         if isinstance(module.shortcut, nn.Conv3d):
-            module.shortcut.bias.zero_()
             _pass(module.shortcut, _centre(module.shortcut))
     elif isinstance(module, AttentionBlock):
-        module.proj.weight.mul_(RESIDUAL)
-        module.proj.bias.zero_()
+        _shrink(_conv(module.proj))
     elif isinstance(module, Downsample):
-        conv = module.resample["1"]
-        kernel = torch.zeros_like(conv.weight[0, 0])
-        kernel[:2, :2] = 0.25
-        conv.bias.zero_()
-        _pass(conv, kernel)
+        conv = _conv(module.resample["1"])
+        _pass(conv, _average(conv))
         if module.time_conv is not None:
-            taps = torch.zeros_like(module.time_conv.weight[0, 0])
-            taps[1:] = 0.5
-            module.time_conv.bias.zero_()
-            _pass(module.time_conv, taps)
+            _pass(module.time_conv, _average(module.time_conv))
     elif isinstance(module, Upsample):
-        conv = module.resample["1"]
-        conv.bias.zero_()
+        conv = _conv(module.resample["1"])
         _pass(conv, _centre(conv))
         if module.time_conv is not None:
-            module.time_conv.bias.zero_()
             for rows in (0, module.time_conv.weight.shape[0] // 2):
                 _pass(module.time_conv, _centre(module.time_conv), rows)
 
 
-def _identity(conv: nn.Conv3d) -> None:
+def _identity(conv: Conv) -> None:
     conv.weight.zero_()
-    conv.bias.zero_()
+    _bias(conv).zero_()
     for i in range(conv.weight.shape[0]):
         conv.weight[i, i] = 1
 
@@ -119,7 +133,7 @@ def near_identity_(vae: WanVae, pixels: Tensor) -> None:
         _block(module)
     for half in (vae.encoder, vae.decoder):
         _enter(half.conv1)
-        _leave(half.head["2"])
+        _leave(_conv(half.head["2"]))
     _identity(vae.conv1)
     _identity(vae.conv2)
     _even_latents(vae, pixels, z)
@@ -128,23 +142,23 @@ def near_identity_(vae: WanVae, pixels: Tensor) -> None:
 
 def _even_latents(vae: WanVae, pixels: Tensor, z: int) -> None:
     """Scale and shift the encoder's head so that the means are standardised; log-variance -4 everywhere."""
-    head = vae.encoder.head["2"]
+    head = _conv(vae.encoder.head["2"])
     head.weight[z:] = 0
-    head.bias[z:] = -4.0
+    _bias(head)[z:] = -4.0
     mean, _ = vae.encode_train(pixels)
     over = (0, 2, 3, 4)
     scale = 1 / mean.std(over).clamp(min=1e-4)
     head.weight[:z] *= scale.view(-1, 1, 1, 1, 1)
-    head.bias[:z] = -mean.mean(over) * scale
+    _bias(head)[:z] = -mean.mean(over) * scale
 
 
 def _fit_output(vae: WanVae, pixels: Tensor) -> None:
     """Scale and shift the decoder's three outputs by least squares against the pixels."""
     mean, _ = vae.encode_train(pixels)
     out = vae.decode_train(mean)
-    head = vae.decoder.head["2"]
+    head = _conv(vae.decoder.head["2"])
     for i in range(3):
         x, y = out[:, i].flatten(), pixels[:, i].flatten()
         slope = ((x - x.mean()) * (y - y.mean())).mean() / x.var().clamp(min=1e-6)
         head.weight[i] *= slope
-        head.bias[i] = y.mean() - slope * x.mean()
+        _bias(head)[i] = y.mean() - slope * x.mean()

@@ -118,10 +118,15 @@ def random_crops(pixels: Tensor, mask: Tensor, size: int, g: torch.Generator) ->
     around = (draws[:, 2] < 0.75) & (weight.cpu() > 1)
     y = torch.where(around, centre_y - size * (0.2 + 0.6 * draws[:, 0]), draws[:, 0] * (h - size))
     x = torch.where(around, centre_x - size * (0.2 + 0.6 * draws[:, 1]), draws[:, 1] * (w - size))
-    y, x = y.clamp(0, h - size).long().tolist(), x.clamp(0, w - size).long().tolist()
+    top, left = y.clamp(0, h - size).long().tolist(), x.clamp(0, w - size).long().tolist()
 
     def cut(clip: Tensor) -> Tensor:
-        return torch.stack([clip[i, :, :, y[i] : y[i] + size, x[i] : x[i] + size] for i in range(n)])
+        return torch.stack(
+            [
+                clip[i, :, :, y : y + size, x : x + size]
+                for i, (y, x) in enumerate(zip(top, left, strict=True))
+            ]
+        )
 
     return cut(pixels), cut(mask)
 

@@ -66,7 +66,7 @@ def _motions(turn: Tensor, amount: Tensor) -> dict[str, tuple[Tensor, ...]]:
     bounce = 0.24 - 0.36 * amount * 4 * up * (1 - up)
     swing = 0.50 * amount * torch.cos(w)
     beat = 0.26 * amount * torch.sin(2 * w)
-    table = {
+    table: dict[str, tuple[Tensor, ...]] = {
         "bouncing": (zero, bounce + 0.04 * squash, zero, 1 + 0.6 * squash, 1 - squash),
         "spinning": (zero, zero, w, one, one),
         "sliding": (0.46 * amount * torch.sin(w), zero, zero, one, one),
