@@ -110,7 +110,7 @@ def free_port():
 def eventually():
     """Wait until a condition holds."""
 
-    def wait(condition, seconds: float = 10) -> None:
+    def wait(condition, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "did not happen in time"

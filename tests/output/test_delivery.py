@@ -55,7 +55,7 @@ class Network:
         return self.wires[-1]
 
 
-def eventually(condition, seconds=5):
+def eventually(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen"

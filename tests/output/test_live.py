@@ -60,7 +60,7 @@ def test_rtmp_to_ffmpeg(tmp_path, receiver, free_port, decode, movie, psnr, even
         sink.write(frames[at : at + 12])
     sink.finish()
     assert time.monotonic() - began >= 70 / 48, "paced: not faster than real time"
-    process.wait(10)
+    process.wait(60)
     got = decode(tmp_path / "a.flv")
     assert len(got.frames) == 72
     assert psnr(got.frames, frames) >= 35
@@ -82,7 +82,7 @@ def test_transport_streams(tmp_path, receiver, free_port, decode, movie, eventua
     eventually(lambda: phases(sink) == [DeliveryPhase.LIVE])
     sink.write(movie(60))
     sink.finish()
-    process.wait(10)
+    process.wait(60)
     got = decode(tmp_path / "a.ts")
     assert len(got.frames) >= 52, "the last may be under way when the receiver ends"
     assert set(np.diff(got.starts)) <= {1875 * (got.starts[1] - got.starts[0]) / 1875}, "90 kHz / 48 is whole"
@@ -253,7 +253,7 @@ def test_a_server_that_stops_reading(receiver, free_port, tmp_path, movie, event
     eventually(lambda: sink.state.targets[0].sent >= 6)
     process.send_signal(signal.SIGSTOP)
     ticks, began = sink.state.ticks, time.monotonic()
-    while not sink.state.targets[0].dropped and time.monotonic() - began < 8:
+    while not sink.state.targets[0].dropped and time.monotonic() - began < 60:
         sink.write(movie(12))
     target = sink.state.targets[0]
     assert target.dropped > 0
@@ -262,7 +262,7 @@ def test_a_server_that_stops_reading(receiver, free_port, tmp_path, movie, event
     process.send_signal(signal.SIGCONT)
     sent = target.sent
     began = time.monotonic()
-    while sink.state.targets[0].sent < sent + 24 and time.monotonic() - began < 8:
+    while sink.state.targets[0].sent < sent + 24 and time.monotonic() - began < 60:
         sink.write(movie(12))
     assert sink.state.targets[0].sent >= sent + 24
     assert sink.state.targets[0].connections == 1
