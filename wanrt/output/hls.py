@@ -85,7 +85,7 @@ class HlsFolder:
     def _end_segment(self) -> None:
         self._count += 1
         name = f"{self._prefix}-{self._count:06d}.m4s"
-        packets = [_av_packet(packet, self._spec) for packet in self._packets]
+        packets = [av_packet(packet, self._spec) for packet in self._packets]
         self._put(name, make_fragment(packets, self._stream, self._count))
         self._segments.append(Segment(name, float(self._spec.seconds(len(packets))), self._gap))
         self._packets = []
@@ -113,7 +113,8 @@ class HlsFolder:
             fresh.replace(path)
 
 
-def _av_packet(packet: LivePacket, spec: VideoSpec) -> av.Packet:
+def av_packet(packet: LivePacket, spec: VideoSpec) -> av.Packet:
+    """A frame with its time on the stream, for the muxer."""
     made = av.Packet(packet.data)
     made.pts = made.dts = packet.number
     made.duration, made.time_base, made.is_keyframe = 1, spec.time_base, packet.keyframe

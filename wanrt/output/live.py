@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from wanrt.errors import OutputError
 from .address import Address
 from .delivery import Connection, Delivery, DeliveryPhase, DeliveryState, LivePacket
 from .encoder import VideoEncoder, choose_live_encoder
+from .feed import FeedTrack
 from .flv import SilentAudio
 from .frames import to_block
 from .hls import HlsFolder, check_folder
@@ -67,6 +68,17 @@ class LiveState:
     targets: tuple[DeliveryState, ...]
 
 
+class LiveOutput(Protocol):
+    """A live target that is more than an address: a `PageServer`."""
+
+    @property
+    def address(self) -> Address:
+        """Its name."""
+
+    def open(self, track: FeedTrack) -> Connection:
+        """Show this stream from now on."""
+
+
 class LiveSink(Sink):
     """Streams to RTMP, RTMPS, SRT and UDP addresses and HLS playlists at once.
 
@@ -75,7 +87,7 @@ class LiveSink(Sink):
     viewers see when it is slower. The network never holds up `write`: see `Delivery`.
 
     Args:
-        targets: addresses; a string ending in .m3u8 is an HLS playlist.
+        targets: addresses; a string ending in .m3u8 is an HLS playlist; or a `PageServer`.
         spec: size and rate.
         pace: see `Pace`.
         latency: seconds of video that may wait, before the encoder and again before each target's network.
@@ -92,7 +104,7 @@ class LiveSink(Sink):
 
     def __init__(
         self,
-        targets: Sequence[str | Address],
+        targets: Sequence[str | Address | LiveOutput],
         spec: VideoSpec,
         *,
         pace: Pace = Pace.REPEAT,
@@ -102,7 +114,7 @@ class LiveSink(Sink):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = spec
-        addresses = [live_address(target) for target in targets]
+        places = [live_address(target) if isinstance(target, str) else target for target in targets]
         self._encoder, track = _open_encoder(spec, bits or default_bits(spec), threads)
         self._clock = clock
         self._capacity = max(1, round(latency * spec.fps))
@@ -114,12 +126,18 @@ class LiveSink(Sink):
         self._error: OutputError | None = None
         self._ticks = self._repeated = self._late = self._stalls = 0
         self._blocked = 0.0
-        self._deliveries = [self._deliver_to(address, track, latency) for address in addresses]
+        self._deliveries = [self._deliver_to(place, track, latency) for place in places]
         self._thread = threading.Thread(target=self._run, name="wanrt-live", daemon=True)
         self._thread.start()
 
-    def _deliver_to(self, address: Address, track: LiveTrack, latency: float) -> Delivery:
+    def _deliver_to(self, target: Address | LiveOutput, track: LiveTrack, latency: float) -> Delivery:
+        address = target if isinstance(target, Address) else target.address
+
         def opened() -> Connection:
+            if not isinstance(target, Address):
+                return target.open(
+                    FeedTrack(self._encoder.header, track.stream, self.spec, self._keyframe.set)
+                )
             if address.scheme == "hls":
                 return HlsFolder(Path(address.host), self._encoder.header, track.stream, self.spec)
             return connect(address, track)
@@ -262,14 +280,12 @@ class LiveSink(Sink):
         self._ticks += 1
 
 
-def live_address(target: str | Address) -> Address:
+def live_address(target: str) -> Address:
     """A URL, or the path of an HLS playlist.
 
     Raises:
         UsageError: when it is neither.
     """
-    if isinstance(target, Address):
-        return target
     if target.endswith(".m3u8") and "://" not in target:
         return Address("hls", target, 0)
     return Address.parse(target)

@@ -18,6 +18,8 @@ from .spec import VideoSpec
 from .target import Target, check_target, report_leftovers
 
 if TYPE_CHECKING:
+    from .address import Address
+    from .live import LiveOutput
     from .tee import TeeSink
 
 Muxer = Literal["auto", "pyav", "ffmpeg"]
@@ -74,6 +76,7 @@ def open_outputs(
     pace: str = "repeat",
     latency: float = 2.0,
     bits: int | None = None,
+    page: LiveOutput | None = None,
     **options: Any,
 ) -> TeeSink:
     """Open any number of outputs at once: files beside live addresses and HLS playlists.
@@ -87,6 +90,7 @@ def open_outputs(
         pace: repeat, slow or blend; see `Pace`.
         latency: seconds; see `LiveSink`.
         bits: bits per second of the live streams; None for a rate that fits the size.
+        page: a `PageServer` to show the stream at.
         options: of `open_sink`, for the files.
 
     Raises:
@@ -96,7 +100,8 @@ def open_outputs(
     from .pacing import Pace
     from .tee import TeeSink
 
-    live = [os.fspath(target) for target in targets if is_live(target)]
+    live: list[str | Address | LiveOutput] = [os.fspath(target) for target in targets if is_live(target)]
+    live += [page] if page else []
     files = [target for target in targets if not is_live(target)]
     sinks: list[Sink] = []
     try:
