@@ -63,7 +63,7 @@ def compare(case, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real kernel is tested instead")
 def test_interpreted_kernel_equals_reference(case, dtype):
     compare(case, dtype, "cpu")
@@ -71,7 +71,7 @@ def test_interpreted_kernel_equals_reference(case, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("case", [*CASES, (4, 320, 576, 96, {"state", "bias", "residual", "total"})], ids=str)
+@pytest.mark.parametrize("case", [*CASES, (4, 320, 576, 96, {"state", "bias", "residual", "total"})])
 def test_kernel_equals_reference(case, dtype):
     compare(case, dtype, "cuda")
 

@@ -54,7 +54,7 @@ def compare(case, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real kernel is tested instead")
 def test_interpreted_kernel_equals_reference(case, dtype):
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -63,7 +63,7 @@ def test_interpreted_kernel_equals_reference(case, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("case", [*CASES, (1, 2160, 40, 128, {"norm", "rope", "out"})], ids=str)
+@pytest.mark.parametrize("case", [*CASES, (1, 2160, 40, 128, {"norm", "rope", "out"})])
 def test_kernel_equals_reference(case, dtype):
     compare(case, dtype, "cuda")
 
