@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -153,16 +154,20 @@ class Team:
         tail = f"; last lines: {' | '.join(seat.lines)}" if seat.lines else ""
         return RunError(f"{seat.place} failed: {said}{tail}")
 
-    def close(self) -> None:
-        """Ends every rank: by its pipe, then by force. Safe to call twice."""
+    def close(self, patience_s: float | None = None) -> None:
+        """Ends every rank: by its pipe, then after `patience_s` by force. Safe to call twice."""
+        patience = GOODBYE_S if patience_s is None else patience_s
         for seat in self._seats:
             with contextlib.suppress(OSError):
                 seat.pipe.send(None)
-        deadline = time.monotonic() + GOODBYE_S
+        deadline = time.monotonic() + patience
         for seat in self._seats:
             self._drain_until_gone(seat, deadline)
             if seat.process.is_alive():
-                log.warning("%s did not end by itself: killed", seat.place)
+                log.log(
+                    logging.WARNING if patience >= GOODBYE_S else logging.DEBUG,
+                    "%s did not end by itself: killed", seat.place,
+                )  # fmt: skip
                 seat.process.kill()
             seat.process.join()
             seat.pipe.close()
@@ -225,12 +230,18 @@ def _run_member(entry: Callable[[Connection, Any], None], pipe: Connection, assi
         try:
             entry(pipe, assignment)
         except (EOFError, BrokenPipeError):  # the parent is gone
-            return
+            pass
         except BaseException as error:
             words = " ".join(str(error).split()) or type(error).__name__
             with contextlib.suppress(OSError):
                 pipe.send(Failed(words[:500]))
-            raise SystemExit(1) from error
+            _leave(1)
+    # not through the interpreter's end: libraries tear down slowly there, and hang where a peer is dead
+    _leave(0)
+
+
+def _leave(code: int) -> None:
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ mesh's first rank. All ranks load at the same time, each reading only its slices
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
 import tempfile
@@ -169,15 +168,8 @@ def work(pipe: Connection, plan: Assignment) -> None:
     lanes = lanes_for(device)
     mesh = _mesh_part(plan, group, device, Wiring(recorder, progress=progress), lanes)
     pipe.send(Ready())
-    with lanes.main(), contextlib.closing(_Group()):
+    with lanes.main():
         serve(mesh, _link(plan, device), pipe, recorder, answers=_answers(plan))
-
-
-class _Group:
-    """The process group, to be left at the end."""
-
-    def close(self) -> None:
-        leave_group()
 
 
 def _answers(plan: Assignment) -> bool:

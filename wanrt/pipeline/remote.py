@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 STAGE0 = 0
+IN_PASSING_S = 0.2  # how long ranks that wait in an exchange may take to notice the end
 WATCHDOG_S = 30.0  # how long an exchange may take once all ranks are warm
 
 
@@ -112,6 +113,7 @@ class RankedMesh:
         self._launch_on_submit = launch_on_submit
         self._request: ChunkRequest | None = None
         self._result: ChunkResult | None = None
+        self._under_way = False  # the ranks make a chunk, or wait for this process in the middle of one
 
     def submit(self, request: ChunkRequest) -> None:
         """Hands a request to all ranks.
@@ -137,11 +139,13 @@ class RankedMesh:
         if self._local is None:
             with self._answering("no latents came back"):
                 latents = self._link.receive_up()
+            self._under_way = False
             return ChunkResult(request.chunk, latents, torch.isfinite(latents).all())
         if not self._launch_on_submit:
             self._launch(request)
         result, self._result = self._result, None
         assert result is not None
+        self._under_way = False
         return result
 
     def check(self) -> None:
@@ -149,14 +153,15 @@ class RankedMesh:
         self._team.check()
 
     def close(self) -> None:
-        """Ends the ranks and the process group."""
-        self._team.close()
+        """Ends the ranks and the process group. Ranks in the middle of a chunk are not waited for."""
+        self._team.close(IN_PASSING_S if self._under_way else None)
         leave_group()
         self._cleanup()
 
     def _launch(self, request: ChunkRequest) -> None:
         header = Header.of(request)
         self._team.check()
+        self._under_way = True
         self._team.send(header)
         with self._answering("the ranks did not take the request"):
             whole = self._link.share_down(header, request)
