@@ -30,7 +30,7 @@ from wanrt.probes.vae_probe import choose, probe
 from wanrt.probes.vae_reach import decoder_reach, encoder_reach, warm_up
 from wanrt.probes.vae_subject import Subject, moving_picture, open_subject, randomise, streaming_subject
 
-SIZE = (32, 24)
+GRID = (4, 3)
 
 
 def make_subject(**config: object) -> Subject:
@@ -49,7 +49,7 @@ def subject() -> Subject:
 
 
 def test_t1_is_conditional_on_carried_state(subject: Subject) -> None:
-    result = single_latent(subject, size=SIZE)
+    result = single_latent(subject, grid=GRID)
     assert result.verdict is Verdict.CONDITIONAL
     assert "bit for bit" in result.condition
     assert [s.frames for s in result.carried] == [1, 4, 4, 4, 4]
@@ -59,7 +59,7 @@ def test_t1_is_conditional_on_carried_state(subject: Subject) -> None:
 
 
 def test_both_halves_are_causal(subject: Subject) -> None:
-    decoder, encoder = decoder_causality(subject, size=SIZE), encoder_causality(subject, size=SIZE)
+    decoder, encoder = decoder_causality(subject, grid=GRID), encoder_causality(subject, grid=GRID)
     assert decoder.causal
     assert encoder.causal
     assert decoder.bleed == encoder.bleed == 0
@@ -118,7 +118,7 @@ def test_warm_up_is_exact_from_the_receptive_field_on(subject: Subject) -> None:
 
 
 def test_workarounds_are_wrong_and_carried_state_is_not(subject: Subject) -> None:
-    rows = {row.name: row for row in workarounds(subject, latents=10, size=SIZE)}
+    rows = {row.name: row for row in workarounds(subject, latents=10, grid=GRID)}
     assert rows["carried state"].error <= 1e-4
     assert rows["carried state"].latents_decoded == 1
     assert rows["T=2, first discarded"].latents_decoded == 2
@@ -179,7 +179,7 @@ def test_anchor_of_a_lossless_vae_is_the_latent_itself() -> None:
         encode_whole=same,
         encode_frame=same,
     )
-    result = anchor(lossless, trips=3, size=SIZE)
+    result = anchor(lossless, trips=3, grid=GRID)
     assert result.against_replaced == result.against_fresh == result.stream_against_fresh == 0
     assert [(t.count, t.latent_rms, t.psnr) for t in result.trips] == [(n, 0.0, 99.0) for n in (1, 2, 3)]
 
@@ -197,18 +197,18 @@ def test_a_decoder_that_sees_the_future_is_caught() -> None:
         return torch.nn.functional.conv3d(x, conv.weight, conv.bias, padding=1)
 
     conv.forward = symmetric
-    result = decoder_causality(subject, size=SIZE)
+    result = decoder_causality(subject, grid=GRID)
     assert not result.causal
     assert result.bleed > 1e-3
-    assert single_latent(subject, size=SIZE).verdict is Verdict.NO
-    assert encoder_causality(subject, size=SIZE).causal
+    assert single_latent(subject, grid=GRID).verdict is Verdict.NO
+    assert encoder_causality(subject, grid=GRID).causal
 
 
 def test_an_encoder_that_sees_the_future_is_caught() -> None:
     subject = make_subject()
     conv = subject.module.encoder.downsamples[0].residual["6"]
     conv.forward = lambda x, state=None: torch.nn.functional.conv3d(x, conv.weight, conv.bias, padding=1)
-    assert not encoder_causality(subject, size=SIZE).causal
+    assert not encoder_causality(subject, grid=GRID).causal
 
 
 class WrongCache(VaeState):
@@ -240,7 +240,7 @@ def test_a_wrong_cache_frame_as_in_kreas_block_decoder_is_caught() -> None:
         return state
 
     vae.decoder_state = faulty
-    result = single_latent(streaming_subject(vae, "krea", "random"), size=SIZE)
+    result = single_latent(streaming_subject(vae, "krea", "random"), grid=GRID)
     assert result.verdict is Verdict.NO
     # latents 0 to 2 are right: latent 2 is the first whose wrong frame is stored, latent 3 the first to read it
     assert [s.error <= 1e-4 for s in result.carried] == [True, True, True, False, False]
@@ -250,7 +250,7 @@ def test_a_wrong_cache_frame_as_in_kreas_block_decoder_is_caught() -> None:
 def test_a_stream_that_forgets_is_caught() -> None:
     subject = make_subject()
     forgetful = dataclasses.replace(subject, open_decoder=lambda: subject.decode_call)
-    result = single_latent(forgetful, size=SIZE)
+    result = single_latent(forgetful, grid=GRID)
     assert result.verdict is Verdict.NO
     assert "latent 1" in result.condition
 
@@ -377,7 +377,7 @@ def test_wrong_options_are_one_line(
 
 def test_taehv_opens_and_is_judged() -> None:
     taehv = open_subject("taehv", device="cpu", dtype=torch.float32, seed=0)
-    result = single_latent(taehv, latents=3, size=(16, 16))
+    result = single_latent(taehv, latents=3, grid=(2, 2))
     assert result.verdict is Verdict.CONDITIONAL
     assert taehv.weights == "random weights, seed 0"
 

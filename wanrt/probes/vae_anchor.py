@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wanrt.probes.vae_subject import Subject, moving_picture, rms_difference
+from wanrt.probes.vae_subject import Subject, rms_difference
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Anchor:
 
 
 @torch.no_grad()
-def anchor(subject: Subject, *, trips: int = 20, size: tuple[int, int] = (64, 48)) -> Anchor | None:
+def anchor(subject: Subject, *, trips: int = 20, grid: tuple[int, int] | None = None) -> Anchor | None:
     """Encode a clip, decode it, encode the last frame of its second-to-last latent alone, compare; then repeat.
 
     None for a VAE whose encoder takes no lone frame.
     """
-    if subject.encode_frame is None:
+    if subject.encode_frame is None or subject.encode_whole is None:
         return None
     latents, factor = 5, subject.temporal_factor
-    pixels = moving_picture(1 + factor * (latents - 1), size[1], size[0]).to(subject.device, subject.dtype)
+    pixels = subject.picture(latents, grid or subject.grid)
     clip = subject.encode_whole(pixels)
     at = latents - 2
     frame = factor * at  # last pixel frame of latent `at`

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wanrt.errors import UsageError
-from wanrt.probes.vae_subject import Step, Subject, difference, randomise
+from wanrt.probes.vae_subject import Step, Subject, attempt, difference, randomise
 
 STILL = 1e-6  # below this share of the scale an output did not change
 
@@ -34,6 +34,10 @@ class Member:
     size: int = 2  # latent height and width
     prepare: Callable[[Any], None] = field(default=lambda vae: None, repr=False)
     lengths: tuple[int, ...] = (1, 2, 3, 4, 5)
+    clip: int = 9  # latents of the clip in which each is changed in turn
+    short_clip: int = 5
+    grid: tuple[int, int] = (8, 6)
+    reach_clip: int = 45  # of the clip for history and future; shorter where attention spans all anyway
     decode: Callable[[Any, Tensor], Tensor] = field(default=lambda vae, z: vae.decode(z).sample, repr=False)
 
 
@@ -52,7 +56,7 @@ class FamilyRow:
     history: int  # latents before its own that a pixel frame depends on, within `reach_clip`
     future: int  # latents after it, likewise
     clip: int  # latents of the clip in which each was changed in turn
-    reach_clip: int  # latents of the clip in which only its second, then only its last was changed
+    reach_clip: int  # latents of the clip in which only its second, then only its last was changed: the limit
     pieces: tuple[int, ...]  # latents per internal decoder call of that clip
     prefix_error: float  # decode of a prefix against the same frames of the whole, share of the scale
 
@@ -62,7 +66,7 @@ class FamilyRow:
         if self.causal and self.prefix_error <= 1e-4:
             return "yes, every prefix"
         if not self.causal and self.future < self.reach_clip - 1:
-            return f"no: needs {self.future} later"
+            return f"no: needs up to {self.future} later"
         return "no"
 
     @property
@@ -143,6 +147,7 @@ FAMILY = (
         | {"latent_channels": 4, **_statistics(4)},
         4,
         temporal=6,
+        reach_clip=15,
     ),
     Member(
         "Cosmos",
@@ -168,8 +173,13 @@ FAMILY = (
         {"block_out_channels": _FOUR, "norm_num_groups": 2, "sample_size": 32},
         4,
         size=4,
-        lengths=(1, 2, 3, 4, 5, 6, 7, 8),
+        lengths=(1, 2, 3, 4, 5, 6, 7, 8, 10),
+        clip=10,
+        short_clip=10,
+        grid=(4, 4),  # its tiles are this size
+        reach_clip=22,
         prepare=lambda vae: vae.enable_tiling(),
+        decode=lambda vae, z: vae.decode(z).sample.transpose(1, 2),  # comes out as [B, T, C, H, W]
     ),
     Member(
         "EasyAnimate (Magvit)",
@@ -182,7 +192,7 @@ FAMILY = (
         "AutoencoderKLKVAEVideo",
         {"ch": 32, "ch_mult": (1, 1, 1, 1), "z_channels": 4},
         4,
-        size=1,
+        reach_clip=21,
     ),
     Member(
         "VidTok",
@@ -221,15 +231,12 @@ def build(member: Member, *, seed: int, device: str = "cpu", dtype: torch.dtype 
 
 
 def diffusers_subject(name: str, *, device: str, dtype: torch.dtype, seed: int) -> Subject:
-    """A probe subject from a diffusers VAE: whole clips only, because its methods keep no state."""
+    """A probe subject from the decoder of a diffusers VAE: whole clips only, because its methods keep no state."""
     member = find_member(name)
     vae: Any = build(member, seed=seed, device=device, dtype=dtype)
 
     def decode(latents: Tensor) -> Tensor:
         return member.decode(vae, latents)
-
-    def encode(pixels: Tensor) -> Tensor:
-        return vae.encode(pixels).latent_dist.mean
 
     return Subject(
         name=f"{member.title} ({member.cls})",
@@ -239,15 +246,20 @@ def diffusers_subject(name: str, *, device: str, dtype: torch.dtype, seed: int) 
         spatial_factor=member.spatial,
         temporal_factor=member.temporal,
         decode_whole=decode,
-        encode_whole=encode,
         decode_call=decode,
-        size=(8 * member.spatial, 6 * member.spatial),
+        size=(4 * member.spatial, 4 * member.spatial),
+        short_clip=member.short_clip,
+        grid=member.grid,
+        small_grid=(max(2, member.size), max(2, member.size)),
     )
 
 
 @torch.no_grad()
-def examine(member: Member, *, clip: int = 9, reach_clip: int = 45, seed: int = 0) -> FamilyRow:
-    """Answer question 7 for one member, by calls alone, in fp64."""
+def examine(
+    member: Member, *, clip: int | None = None, reach_clip: int | None = None, seed: int = 0
+) -> FamilyRow:
+    """Answer question 7 for one member, by calls alone, in fp64. The clips' lengths are the member's own."""
+    clip, reach_clip = clip or member.clip, reach_clip or member.reach_clip
     vae = build(member, seed=seed, dtype=torch.float64)
 
     def run(latents: Tensor) -> Tensor:
@@ -271,8 +283,8 @@ def examine(member: Member, *, clip: int = 9, reach_clip: int = 45, seed: int = 
         causal=_bleed(change) <= STILL,
         bleed=_bleed(change),
         bleed_without_norm=_bleed(plain),
-        history=history,
-        future=future,
+        history=max(history, *(later - index for index, later in _pairs(change))),
+        future=max(future, *(index - other for index, other in _pairs(change))),
         clip=clip,
         reach_clip=reach_clip,
         pieces=_pieces(vae, run, latents),
@@ -283,10 +295,9 @@ def examine(member: Member, *, clip: int = 9, reach_clip: int = 45, seed: int = 
 def _frames(run: Step, latents: Tensor, lengths: tuple[int, ...]) -> dict[int, int]:
     frames = {}
     for length in lengths:
-        try:
-            frames[length] = run(latents[:, :, :length]).shape[2]
-        except (RuntimeError, ValueError, IndexError, ZeroDivisionError, TypeError):
-            continue  # a length that the decoder refuses is an answer, too
+        pixels = attempt(run, latents[:, :, :length])
+        if pixels is not None and pixels.abs().amax((0, 1, 3, 4)).min() > 0:  # blank: never decoded
+            frames[length] = pixels.shape[2]
     return frames
 
 
@@ -331,6 +342,11 @@ def _reach(run: Step, member: Member, length: int, special: bool) -> tuple[int, 
         return [latent for latent, span in enumerate(spans) if moved[span].max() > 0]
 
     return max(touched(1), default=1) - 1, length - 1 - min(touched(length - 1), default=length - 1)
+
+
+def _pairs(change: list[list[float]]) -> list[tuple[int, int]]:
+    """(input, output) latents that depend on each other. Where tiles end matters, so every input counts."""
+    return [(i, j) for i, row in enumerate(change) for j, value in enumerate(row) if value > 0]
 
 
 def _bleed(change: list[list[float]]) -> float:

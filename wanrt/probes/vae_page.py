@@ -73,7 +73,7 @@ def _section(finding: Finding) -> str:
     if isinstance(data, SingleLatent):
         inner = _single(data)
     elif isinstance(data, Causalities):
-        inner = f'<div class="pair">{_heat(data.decoder)}{_heat(data.encoder)}</div>'
+        inner = f'<div class="pair">{"".join(map(_heat, data.halves))}</div>'
     elif isinstance(data, Reaches):
         inner = _reach(data)
     elif isinstance(data, Cost):

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from wanrt.probes.vae_subject import Step, Subject, difference, rms_difference
+from wanrt.probes.vae_subject import Step, Subject, attempt, difference, rms_difference
 
 EXACT_SHARE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference, as a share of the scale, that counts as rounding: some 40 layers deep, per dtype."""
@@ -42,6 +42,7 @@ class SingleLatent:
 
     fresh: tuple[StepResult, ...]  # each latent alone, from nothing
     carried: tuple[StepResult, ...]  # one after the other, with the state carried; empty without streams
+    again: tuple[StepResult, ...]  # without streams: each with everything before it decoded again
     tolerance: float
     verdict: Verdict
     condition: str
@@ -75,19 +76,24 @@ def frame_span(latent: int, factor: int) -> slice:
 
 
 @torch.no_grad()
-def single_latent(subject: Subject, *, latents: int = 5, size: tuple[int, int] = (64, 48)) -> SingleLatent:
+def single_latent(
+    subject: Subject, *, latents: int | None = None, grid: tuple[int, int] | None = None
+) -> SingleLatent:
     """Decode every latent of a short clip alone, fresh and with carried state, and judge."""
-    clip = subject.clip(latents, size[1], size[0])
+    clip = subject.clip(latents or subject.short_clip, grid or subject.grid)
     whole = subject.decode_whole(clip).clamp(-1, 1)
     called = subject.decode_call(clip).clamp(-1, 1)
     fresh = _steps(clip, whole, called, subject, lambda: subject.decode_call)
     carried: tuple[StepResult, ...] = ()
+    again: tuple[StepResult, ...] = ()
     if subject.open_decoder is not None:
         stream = subject.open_decoder()
         carried = _steps(clip, whole, called, subject, lambda: stream)
+    else:
+        again = _again(clip, whole, called, subject)
     tolerance = EXACT_SHARE[subject.dtype]
-    verdict, condition = judge_single(fresh, carried, tolerance)
-    return SingleLatent(fresh, carried, tolerance, verdict, condition)
+    verdict, condition = judge_single(fresh, carried, again, tolerance)
+    return SingleLatent(fresh, carried, again, tolerance, verdict, condition)
 
 
 def _steps(
@@ -95,18 +101,10 @@ def _steps(
 ) -> tuple[StepResult, ...]:
     results = []
     for latent, piece in enumerate(clip.split(1, dim=2)):
-        pixels = _try(stepper(), piece)
+        pixels = attempt(stepper(), piece)
         span = _span_in(whole, clip, latent, subject)
         results.append(_compare(latent, pixels, whole[:, :, span], called[:, :, span]))
     return tuple(results)
-
-
-def _try(decode: Step, piece: Tensor) -> Tensor | None:
-    """Pixels in [-1, 1], or None where the decoder refuses so short a clip."""
-    try:
-        return decode(piece).clamp(-1, 1)
-    except (RuntimeError, ValueError):
-        return None
 
 
 def _span_in(whole: Tensor, clip: Tensor, latent: int, subject: Subject) -> slice:
@@ -117,18 +115,33 @@ def _span_in(whole: Tensor, clip: Tensor, latent: int, subject: Subject) -> slic
     return frame_span(latent, factor)
 
 
+def _again(clip: Tensor, whole: Tensor, called: Tensor, subject: Subject) -> tuple[StepResult, ...]:
+    """The newest latent of every prefix."""
+    results = []
+    for latent in range(clip.shape[2]):
+        pixels = attempt(subject.decode_call, clip[:, :, : latent + 1])
+        span = _span_in(whole, clip, latent, subject)
+        if pixels is not None and pixels.shape[2] == span.stop:
+            pixels = pixels[:, :, span]
+        results.append(_compare(latent, pixels, whole[:, :, span], called[:, :, span]))
+    return tuple(results)
+
+
 def _compare(latent: int, pixels: Tensor | None, want: Tensor, called: Tensor) -> StepResult:
     """Against the last frames of the latent, as many as came out."""
     if pixels is None:
         return StepResult(latent, 0, want.shape[2], float("inf"), None)
     frames = min(pixels.shape[2], want.shape[2])
-    got = pixels[:, :, -frames:]
+    got = pixels[:, :, -frames:].clamp(-1, 1)
     same = torch.equal(got, called[:, :, -frames:]) if pixels.shape[2] == want.shape[2] else None
     return StepResult(latent, pixels.shape[2], want.shape[2], difference(got, want[:, :, -frames:]), same)
 
 
 def judge_single(
-    fresh: tuple[StepResult, ...], carried: tuple[StepResult, ...], tolerance: float
+    fresh: tuple[StepResult, ...],
+    carried: tuple[StepResult, ...],
+    again: tuple[StepResult, ...],
+    tolerance: float,
 ) -> tuple[Verdict, str]:
     """The verdict on T=1 from what was measured."""
 
@@ -150,6 +163,12 @@ def judge_single(
             f"with carried state latent {bad.latent} already departs from the whole decode: "
             f"{_count(bad.frames)}, error {bad.error:.2g} of the scale"
         )
+    if again and good(again):
+        return Verdict.CONDITIONAL, (
+            "its interface carries no state: exact only with everything before decoded again, at a cost that grows"
+        )
+    if fresh[-1].frames == 0:
+        return Verdict.NO, "its interface carries no state, and refuses one latent alone"
     return Verdict.NO, (
         f"its interface carries no state, and a later latent alone gives {_count(fresh[-1].frames)} "
         f"instead of {fresh[-1].expected_frames}, error {fresh[-1].error:.2g} of the scale"
@@ -161,9 +180,12 @@ def _count(frames: int) -> str:
 
 
 @torch.no_grad()
-def decoder_causality(subject: Subject, *, latents: int = 5, size: tuple[int, int] = (64, 48)) -> Causality:
+def decoder_causality(
+    subject: Subject, *, latents: int | None = None, grid: tuple[int, int] | None = None
+) -> Causality:
     """Perturb each latent of a clip and watch every pixel frame of the whole decode."""
-    clip = subject.clip(latents, size[1], size[0])
+    latents = latents or subject.short_clip
+    clip = subject.clip(latents, grid or subject.grid)
     change = perturb_each(subject.decode_whole, clip)
     whole = subject.decode_whole(clip).clamp(-1, 1)
     starts = [_span_in(whole, clip, latent, subject).start for latent in range(latents)]
@@ -185,15 +207,16 @@ def _last_frame_error(subject: Subject, clip: Tensor, whole: Tensor) -> float | 
 
 
 @torch.no_grad()
-def encoder_causality(subject: Subject, *, latents: int = 4, size: tuple[int, int] = (64, 48)) -> Causality:
+def encoder_causality(
+    subject: Subject, *, latents: int = 4, grid: tuple[int, int] | None = None
+) -> Causality | None:
     """Perturb each pixel frame of a clip and watch every latent of the whole encode."""
-    from wanrt.probes.vae_subject import moving_picture
-
-    factor = subject.temporal_factor
-    frames = 1 + (latents - 1) * factor
-    pixels = moving_picture(frames, size[1], size[0]).to(subject.device, subject.dtype)
+    if subject.encode_whole is None:
+        return None
+    pixels = subject.picture(latents, grid or subject.grid)
     change = perturb_each(subject.encode_whole, pixels)
-    starts = [-(-frame // factor) for frame in range(frames)]  # the latent that a frame belongs to
+    # the latent that a frame belongs to
+    starts = [-(-frame // subject.temporal_factor) for frame in range(pixels.shape[2])]
     return _causality("encoder", change, starts, None)
 
 
@@ -220,10 +243,10 @@ def _causality(
 
 @torch.no_grad()
 def workarounds(
-    subject: Subject, *, latents: int = 18, size: tuple[int, int] = (64, 48)
+    subject: Subject, *, latents: int = 18, grid: tuple[int, int] | None = None
 ) -> tuple[Workaround, ...]:
     """Decode the newest latent of a clip in every way that needs no history, and with carried state."""
-    clip = subject.clip(latents, size[1], size[0])
+    clip = subject.clip(latents, grid or subject.grid)
     truth = subject.decode_whole(clip).clamp(-1, 1)[:, :, -subject.temporal_factor :]
     rows = []
     if subject.open_decoder is not None:
@@ -234,7 +257,7 @@ def workarounds(
     for name, pad in (("repeat-pad", newest), ("zero-pad", zeros)):
         candidates |= {f"{name} by {n}": torch.cat([pad] * n + [newest], dim=2) for n in (1, 3)}
     for name, window in candidates.items():
-        rows.append(_measure(name, window.shape[2], truth, subject, partial(subject.decode_whole, window)))
+        rows.append(_measure(name, window, truth, subject, partial(attempt, subject.decode_whole)))
     return tuple(rows)
 
 
@@ -243,20 +266,22 @@ def _carried(subject: Subject, clip: Tensor, truth: Tensor) -> Workaround:
     stream = subject.open_decoder()
     for piece in clip[:, :, :-1].split(1, dim=2):
         stream(piece)
-    return _measure("carried state", 1, truth, subject, lambda: stream(clip[:, :, -1:]))
+    return _measure("carried state", clip[:, :, -1:], truth, subject, stream)
 
 
 def _measure(
-    name: str, latents: int, truth: Tensor, subject: Subject, run: Callable[[], Tensor]
+    name: str, window: Tensor, truth: Tensor, subject: Subject, run: Callable[[Tensor], Tensor | None]
 ) -> Workaround:
     synchronise(subject.device)
     start = time.perf_counter()
-    pixels = run()
+    pixels = run(window)
     synchronise(subject.device)
     spent = (time.perf_counter() - start) * 1e3
+    if pixels is None:
+        return Workaround(name, window.shape[2], float("inf"), float("inf"), spent)
     frames = min(pixels.shape[2], truth.shape[2])
     got, want = pixels[:, :, -frames:].clamp(-1, 1), truth[:, :, -frames:]
-    return Workaround(name, latents, difference(got, want), rms_difference(got, want), spent)
+    return Workaround(name, window.shape[2], difference(got, want), rms_difference(got, want), spent)
 
 
 def synchronise(device: torch.device) -> None:

@@ -44,7 +44,12 @@ class Causalities:
     """Both halves."""
 
     decoder: Causality
-    encoder: Causality
+    encoder: Causality | None
+
+    @property
+    def halves(self) -> tuple[Causality, ...]:
+        """Those that were examined."""
+        return (self.decoder,) if self.encoder is None else (self.decoder, self.encoder)
 
 
 @dataclass(frozen=True)
@@ -95,13 +100,14 @@ def ask_single(subject: Subject) -> Answer:
 def ask_causality(subject: Subject) -> Answer:
     """Question 2."""
     data = Causalities(decoder_causality(subject), encoder_causality(subject))
-    verdict = Verdict.YES if data.decoder.causal and data.encoder.causal else Verdict.NO
+    guilty = [half for half in data.halves if not half.causal]
+    verdict = Verdict.NO if guilty else Verdict.YES
     last = data.decoder.last_frame_error
-    if verdict is Verdict.YES:
-        answer = "no later latent reaches an earlier pixel, no later pixel an earlier latent"
-    else:
-        half = data.encoder if data.decoder.causal else data.decoder
-        answer = f"the {half.half} bleeds back in time: {half.bleed:.2g} of the scale"
+    answer = "no later latent reaches an earlier pixel"
+    if data.encoder is not None:
+        answer += ", no later pixel an earlier latent"
+    if guilty:
+        answer = "; ".join(f"the {h.half} bleeds back in time: {h.bleed:.2g} of the scale" for h in guilty)
     if last is not None:
         answer += f"; the last frame of a T=1 decode is the whole decode's to {last:.1e} of the scale"
     return verdict, answer, data
@@ -126,7 +132,8 @@ def _say_reach(data: Reaches) -> str:
         )
         parts.append(f"a latent needs {data.encoder.history} earlier pixel frames")
     needed = data.warm_up.needed
-    steps = ", ".join(f"{'never' if n is None else n} for {name}" for name, n in needed.items())
+    beyond = f"more than {len(data.warm_up.errors) - 1}"
+    steps = ", ".join(f"{beyond if n is None else n} for {name}" for name, n in needed.items())
     parts.append(f"a stateless decode must start early by (latents): {steps}")
     return "; ".join(parts)
 
@@ -195,7 +202,7 @@ QUESTIONS: dict[str, Callable[[Subject], Answer]] = {
 
 TITLES = {
     "t1": "Can T=1 be decoded?",
-    "causality": "Does the future bleed into the past?",
+    "causality": "Is it causal in time?",
     "receptive-field": "How far back does it look?",
     "workarounds": "What do the workarounds cost?",
     "timing": "Where does the time go?",

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wanrt.probes.vae_partial import EXACT_SHARE
-from wanrt.probes.vae_subject import Subject, difference, exact_arithmetic, moving_picture
+from wanrt.probes.vae_subject import Subject, attempt, difference, exact_arithmetic
 
 SHARES = (1e-2, 1e-3)  # of the largest response
 
@@ -220,11 +220,11 @@ def _decoder_total(
 
 def encoder_reach(subject: Subject, *, latents: int = 36, at: int = 2) -> Reach:
     """Receptive field of the encoder, one latent wide: layers by tangent, the total by the last latent's gradient."""
-    factor, side = subject.temporal_factor, subject.spatial_factor
+    assert subject.encode_whole is not None, "asked only of VAEs with streams, which encode"
+    factor = subject.temporal_factor
     half = getattr(subject.module, "encoder", subject.module)
-    frames = 1 + factor * (latents - 1)
     with exact_arithmetic(subject.module):
-        pixels = moving_picture(frames, side, side).to(subject.device, torch.float64)
+        pixels = subject.picture(latents, (1, 1))
         gradient = _gradient(subject.encode_whole, pixels)
         tangents = _tangents(subject.encode_whole, half, pixels, factor * at)
         changes = _changes(subject.encode_whole, half, pixels, factor * at)
@@ -233,24 +233,21 @@ def encoder_reach(subject: Subject, *, latents: int = 36, at: int = 2) -> Reach:
     first = int((gradient > 0).nonzero().min())
     shares = {f"{s:g}": factor * (_last(change, s * float(change.max())) - at) for s in SHARES}
     future = max(0, at - int((output > 0).nonzero().min()))
-    return Reach("encoder", rows, frames - 1 - first, (), shares, future, (), complete=first > 0)
+    return Reach("encoder", rows, pixels.shape[2] - 1 - first, (), shares, future, (), complete=first > 0)
 
 
 @torch.no_grad()
-def warm_up(subject: Subject, *, latents: int = 42, size: tuple[int, int] | None = None) -> WarmUp:
-    """Start a stateless decode 0, 1, 2 ... latents early and compare its last latent with the whole decode's.
-
-    On a clip two latents wide and high unless `size` (width, height in pixels) says otherwise.
-    """
-    size = size or (2 * subject.spatial_factor, 2 * subject.spatial_factor)
-    clip = subject.clip(latents, size[1], size[0])
+def warm_up(subject: Subject, *, latents: int = 42, grid: tuple[int, int] | None = None) -> WarmUp:
+    """Start a stateless decode 0, 1, 2 ... latents early and compare its last latent with the whole decode's."""
+    clip = subject.clip(latents, grid or subject.small_grid)
     truth = subject.decode_whole(clip)[:, :, -subject.temporal_factor :]
     errors, equal = [], []
     for early in range(latents - 1):
-        got = subject.decode_whole(clip[:, :, latents - 1 - early :])[:, :, -subject.temporal_factor :]
-        frames = got.shape[2]
-        errors.append(difference(got, truth[:, :, -frames:]) if frames == truth.shape[2] else float("inf"))
-        equal.append(frames == truth.shape[2] and torch.equal(got, truth))
+        pixels = attempt(subject.decode_whole, clip[:, :, latents - 1 - early :])
+        got = truth[:, :, :0] if pixels is None else pixels[:, :, -subject.temporal_factor :]
+        complete = got.shape == truth.shape
+        errors.append(difference(got, truth) if complete else float("inf"))
+        equal.append(complete and torch.equal(got, truth))
     rounding = EXACT_SHARE[subject.dtype]
     needed = {
         "bit-equal": _settles([not e for e in equal]),

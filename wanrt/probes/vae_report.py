@@ -98,7 +98,7 @@ def _single(data: SingleLatent) -> Table:
 def _causality(data: Causalities) -> Table:
     columns = ("half", "earlier outputs", "later outputs", "causal")
     table = _table("Largest change when one input is perturbed, share of the scale", *columns)
-    for half in (data.decoder, data.encoder):
+    for half in data.halves:
         peak = max(max(row) for row in half.change)
         table.add_row(half.half, number(half.bleed), number(peak), "yes" if half.causal else "NO")
     return table
@@ -118,7 +118,8 @@ def _reach(data: Reaches) -> Iterator[RenderableType]:
     yield table
     needed = data.warm_up.needed
     warm = _table("Warm-up latents of a stateless decode", *needed, "minimum T")
-    warm.add_row(*("never" if n is None else str(n) for n in (*needed.values(), data.warm_up.minimum_t)))
+    beyond = f"> {len(data.warm_up.errors) - 1}"
+    warm.add_row(*(beyond if n is None else str(n) for n in (*needed.values(), data.warm_up.minimum_t)))
     yield warm
     for reach in (data.decoder, data.encoder):
         if reach is not None:
@@ -227,7 +228,8 @@ def family_cells(row: FamilyRow) -> tuple[str, ...]:
     if not row.causal:
         kept = ", through GroupNorm only" if row.bleed_without_norm <= 1e-6 else ""
         bleed = f"no ({row.bleed:.1g}{kept})"
-    whole, whole_future = row.history >= row.reach_clip - 2, row.future >= row.reach_clip - 1
+    beyond = ">= " if row.history >= row.reach_clip - 2 else ""
+    beyond_future = ">= " if row.future >= row.reach_clip - 1 else ""
     return (
         row.title,
         bleed,
@@ -235,8 +237,8 @@ def family_cells(row: FamilyRow) -> tuple[str, ...]:
         "yes" if row.first_special else "no",
         str(row.minimum_t),
         row.method,
-        "all" if whole else str(row.history),
-        "all" if whole_future else str(row.future),
+        f"{beyond}{row.history}",
+        f"{beyond_future}{row.future}",
         row.partial,
     )
 

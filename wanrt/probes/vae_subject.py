@@ -46,8 +46,8 @@ class Subject:
     spatial_factor: int
     temporal_factor: int
     decode_whole: Step
-    encode_whole: Step
     decode_call: Step
+    encode_whole: Step | None = None  # None: only the decoder is examined
     open_decoder: Callable[[], Step] | None = None
     open_encoder: Callable[[], Step] | None = None
     encode_frame: Step | None = None
@@ -55,6 +55,9 @@ class Subject:
         None  # a first latent -> bytes its stream's state then holds
     )
     size: tuple[int, int] = (224, 128)  # width x height for the questions about time
+    short_clip: int = 5  # latents that surely decode in one call
+    grid: tuple[int, int] = (8, 6)  # latent positions, width x height, for the questions about values
+    small_grid: tuple[int, int] = (2, 2)  # the same for long clips
 
     @property
     def device(self) -> torch.device:
@@ -66,12 +69,24 @@ class Subject:
         """Of the weights."""
         return next(self.module.parameters()).dtype
 
-    def clip(self, latents: int, height: int, width: int) -> Tensor:
-        """Latents of a moving picture, [1, C, latents, h, w]: neighbours in time are alike, as in a video."""
+    def picture(self, latents: int, grid: tuple[int, int]) -> Tensor:
+        """A moving picture that encodes to so many latents of `grid` (width, height) positions."""
         frames = 1 + (latents - 1) * self.temporal_factor
-        pixels = moving_picture(frames, height, width).to(self.device, self.dtype)
-        with torch.no_grad():
-            return self.encode_whole(pixels)
+        width, height = (side * self.spatial_factor for side in grid)
+        return moving_picture(frames, height, width).to(self.device, self.dtype)
+
+    def clip(self, latents: int, grid: tuple[int, int]) -> Tensor:
+        """Latents in which neighbours in time are alike, as in a video, [1, C, latents, h, w].
+
+        The encoding of `picture`; for a lone decoder, noise that changes slowly.
+        """
+        if self.encode_whole is not None:
+            with torch.no_grad():
+                return self.encode_whole(self.picture(latents, grid))
+        shape = (1, self.latent_channels, 2, grid[1], grid[0])
+        a, b = torch.randn(shape, generator=torch.Generator().manual_seed(7)).split(1, dim=2)
+        turn = (0.3 * torch.arange(latents)).view(1, 1, -1, 1, 1)
+        return (a * turn.cos() + b * turn.sin()).to(self.device, self.dtype)
 
 
 def moving_picture(frames: int, height: int, width: int) -> Tensor:
@@ -119,7 +134,7 @@ def streaming_subject(
         spatial_factor=vae.spatial_factor,
         temporal_factor=vae.temporal_factor,
         decode_whole=vae.decode_train,  # type: ignore[arg-type]
-        encode_whole=_whole_encoder(vae),
+        encode_whole=lambda pixels: vae.encode_train(pixels)[0],  # type: ignore[operator]
         decode_call=lambda latents: vae.decode(latents, vae.decoder_state()),
         open_decoder=opener(vae.decode, vae.decoder_state),
         open_encoder=opener(vae.encode, vae.encoder_state),
@@ -133,10 +148,6 @@ def _state_bytes(vae: StreamingVae, latent: Tensor) -> int:
     state = vae.decoder_state()
     vae.decode(latent, state)
     return state.nbytes
-
-
-def _whole_encoder(vae: StreamingVae) -> Step:
-    return lambda pixels: vae.encode_train(pixels)[0]  # type: ignore[operator]
 
 
 def open_subject(
@@ -213,6 +224,15 @@ def _file(path: Path, device: str, dtype: torch.dtype, name: str | None = None) 
 
 def _ready(vae: Any, device: str, dtype: torch.dtype) -> Any:
     return vae.to(device, dtype).eval().requires_grad_(False).to_channels_last()
+
+
+def attempt(decode: Step, latents: Tensor) -> Tensor | None:
+    """Pixels, or None where the decoder refuses the length; a refusal is an answer, too."""
+    try:
+        return decode(latents)
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as refusal:
+        log.info("T=%d refused: %s", latents.shape[2], str(refusal).splitlines()[0])
+        return None
 
 
 def difference(got: Tensor, want: Tensor) -> float:
