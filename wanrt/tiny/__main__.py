@@ -158,7 +158,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     begun = time.monotonic()
     results: dict[str, object] = {}
     if args.pictures:
-        pictures(models, args.out, shot=Shot(args.picture_chunks, half=half))
+        pictures(models, args.out, half=half)
         logger.info("pictures: %.0f s", time.monotonic() - begun)
     if args.judge:
         judge = load_judge(args.judge, device)
@@ -208,7 +208,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, default=0)
     p.add_argument("--count", type=int, default=0, help="clips or prompts")
     p.add_argument("--chunks", type=int, default=16, help="chunks of a measured video")
-    p.add_argument("--picture-chunks", type=int, default=6)
     p.add_argument("--more", action="store_true", help="measure latent anchors and sixteen steps, too")
     p.add_argument("--pictures", action="store_true", help="write a contact sheet and a GIF")
     p.add_argument("--height", type=int, default=128)

@@ -156,10 +156,14 @@ SHOWN = (
 """Prompts of the pictures."""
 
 
-def pictures(models: Models, out: Path, *, shot: Shot, seed: int = 7) -> None:
-    """A contact sheet (one row per prompt) and a GIF of `SHOWN`."""
-    kept = film(models, [list(SHOWN)], shot, seed, set(range(shot.chunks)))
-    clips = torch.cat([kept[c] for c in range(shot.chunks)], dim=2).float().cpu()
-    frames = [0, 4, 8, 12, 18, 24, 30, 36][: max(1, clips.shape[2] // 5)]
-    save_picture(contact_sheet(clips, frames), out / "wan-tiny.png")
-    save_gif(clips[:, :, :, ::1, ::1][:, :, 9:57] if clips.shape[2] >= 57 else clips, out / "wan-tiny.gif", 2)
+MOVING = (0, 1, 3, 4, 5, 6)
+"""Prompts of the GIF."""
+
+
+def pictures(models: Models, out: Path, *, half: bool, seed: int = 7) -> None:
+    """A contact sheet (one row per prompt of `SHOWN`) and a GIF that loops over one period of the world."""
+    kept = film(models, [list(SHOWN)], Shot(5, half=half), seed, set(range(5)))
+    clips = torch.cat([kept[c] for c in range(5)], dim=2).float().cpu()
+    out.mkdir(parents=True, exist_ok=True)
+    save_picture(contact_sheet(clips, list(range(0, 48, 8))), out / "wan-tiny.png")
+    save_gif(clips[list(MOVING), :, 9:57:2], out / "wan-tiny.gif", columns=3, fps=8)

@@ -37,10 +37,12 @@ def contact_sheet(clips: Tensor, frames: list[int]) -> Tensor:
     return tile(picked.transpose(1, 2).flatten(0, 1), len(frames))
 
 
-def save_gif(clips: Tensor, path: Path, columns: int, fps: float = 16) -> None:
-    """`[N, 3, T, H, W]` in -1..1 as one looping GIF, the clips tiled `columns` wide."""
+def save_gif(clips: Tensor, path: Path, columns: int, fps: float = 16, colours: int = 160) -> None:
+    """`[N, 3, T, H, W]` in -1..1 as one looping GIF, the clips tiled `columns` wide, one palette for all."""
     from PIL import Image
 
     frames = [tile(to_uint8(clips[:, :, t]).cpu(), columns) for t in range(clips.shape[2])]
     images = [Image.fromarray(f.permute(1, 2, 0).contiguous().numpy()) for f in frames]
+    palette = images[0].quantize(colours)
+    images = [i.quantize(colours, palette=palette, dither=Image.Dither.NONE) for i in images]
     images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)

@@ -152,9 +152,8 @@ class VaeTrainer:
         self.forward = torch.compile(self._forward, dynamic=False) if recipe.compiled else self._forward
 
     def _clips_for_start(self) -> Tensor:
-        world = World(self.recipe.height, self.recipe.width)
-        pixels, _ = training_clips(world, self.recipe.seed, 4, 5, "train")
-        return pixels
+        pixels, _ = training_clips(self.world, self.recipe.seed, 4, 5, "train")
+        return pixels.cpu()
 
     def _forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not self.recipe.half:
@@ -257,7 +256,10 @@ def measure_vae(vae: WanVae, world: World, *, count: int = 64, frames: int = 33)
         pixels, mask = world.render(scenes, torch.arange(frames))
         error = reconstruct(vae, pixels) - pixels
         lone = torch.cat(
-            [reconstruct(vae, pixels[:, :, t : t + 1]) - pixels[:, :, t : t + 1] for t in (12, 24)]
+            [
+                reconstruct(vae, pixels[:, :, t : t + 1]) - pixels[:, :, t : t + 1]
+                for t in (frames // 3, 2 * frames // 3)
+            ]
         )
         rows["whole"].append(psnr(error, torch.ones_like(mask)))
         rows["box"].append(psnr(error, boxes(mask)))
