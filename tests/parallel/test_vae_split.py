@@ -1,0 +1,165 @@
+"""A VAE split over gloo ranks against the whole one: pixels, latents, state, bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wanrt.errors import UsageError
+from wanrt.models.vae import VaeConfig, WanVae
+from wanrt.models.vae_fast import FastVae
+from wanrt.parallel.bands import Axis, Band, GroupNeighbours
+from wanrt.parallel.vae_split import SplitVae, split
+from wanrt.parallel.vae_traffic import VaeSizes, decode_exchange, encode_exchange
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}  # of the output's scale
+CONFIGS = {
+    "wide": VaeConfig(base_dim=8),
+    "short": VaeConfig(base_dim=16, num_res_blocks=1),
+}
+LATENTS = 5
+
+
+def build(config, dtype=torch.float32, fast=False):
+    torch.manual_seed(0)
+    vae = WanVae(config).eval().requires_grad_(False)
+    for name, parameter in vae.named_parameters():
+        if name.endswith("gamma"):
+            parameter.uniform_(0.5, 1.5)
+        elif name.endswith("bias"):
+            parameter.normal_(std=0.1)
+        else:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+    return FastVae(vae, dtype=dtype, encode_dtype=dtype) if fast else vae.to(dtype)
+
+
+def drawn(size, seed):
+    return torch.randn(1, 16, LATENTS, *size, generator=torch.Generator().manual_seed(seed))
+
+
+class Counting:
+    """The neighbours it is made from, counting what a rank sends."""
+
+    def __init__(self, whole, size):
+        self.whole, self.size, self.sent = whole, size, 0
+
+    def swap(self, first, last):
+        self.sent += sum(line.nbytes for line in (first, last) if line is not None)
+        return self.whole.swap(first, last)
+
+    def gather(self, own, lengths, dim):
+        longest = own.nbytes // own.shape[dim] * max(lengths)
+        self.sent += longest * (self.size - 1)
+        return self.whole.gather(own, lengths, dim)
+
+
+def split_run(group, config, size, dtype, fast):
+    """Two streams mixed latent by latent, the first one then again after a reset; anchors; a clip; bytes sent."""
+    band = Band.of(*size, group.size(), group.rank())
+    neighbours = Counting(GroupNeighbours(group), group.size())
+    vae = build(CONFIGS[config], dtype, fast)
+    split(vae, band, neighbours)
+    part = SplitVae(vae, band, neighbours)
+    first, second = part.decoder_state(), part.decoder_state()
+    mixed, anchors = [[], []], []
+    for i in range(LATENTS):
+        for stream, state in enumerate((first, second)):
+            latent = drawn(size, stream)[:, :, i : i + 1]
+            mixed[stream].append(part.decode(latent, state))
+        anchors.append(part.encode_frame(mixed[0][-1][:, :, -1:]))
+    first.reset()
+    again = part.decode(drawn(size, 0), first)
+    pixels = [torch.cat(pieces, dim=2) for pieces in mixed]
+    assert torch.equal(again, pixels[0])
+    before = neighbours.sent
+    part.decode(drawn(size, 0)[:, :, :1], first)
+    decode = neighbours.sent - before
+    part.encode_frame(again[:, :, -1:])
+    encode = neighbours.sent - before - decode
+    whole = [part.gather(x).numpy() for x in pixels]
+    clip = None if fast else vae.encode(pixels[0], vae.encoder_state()).numpy()
+    return whole, torch.cat(anchors, dim=2).numpy(), clip, (decode, encode), first.nbytes
+
+
+def worst(got, want):
+    return (torch.from_numpy(got) - want).abs().max().item() / want.abs().max().item()
+
+
+def whole_run(config, size, dtype):
+    vae = build(CONFIGS[config], dtype)
+    states = [vae.decoder_state() for _ in range(2)]
+    pixels = [vae.decode(drawn(size, stream), state) for stream, state in enumerate(states)]
+    ends = [4 * i for i in range(LATENTS)]
+    anchors = torch.cat([vae.encode_frame(pixels[0][:, :, end : end + 1]) for end in ends], dim=2)
+    return pixels, anchors, vae.encode(pixels[0], vae.encoder_state()), states[0].nbytes
+
+
+SLOW = pytest.mark.slow
+F32, F64 = torch.float32, torch.float64
+CASES = [
+    pytest.param(2, "wide", (3, 5), F64, False, id="2 uneven columns"),
+    pytest.param(3, "short", (7, 4), F32, False, id="3 uneven rows"),
+    pytest.param(4, "short", (3, 4), F32, False, id="4 columns of one latent", marks=SLOW),
+    pytest.param(3, "wide", (5, 3), F32, True, id="3 uneven rows, repacked"),
+    pytest.param(2, "short", (2, 4), F32, True, id="2 columns, repacked", marks=SLOW),
+    pytest.param(4, "wide", (2, 7), F32, True, id="4 uneven columns, repacked", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("ranks", "config", "size", "dtype", "fast"), CASES)
+def test_bands_are_the_whole(on_ranks, ranks, config, size, dtype, fast):
+    """Five latents of two streams, their anchors, and a clip, to rounding; in fp64 to that of fp64.
+
+    Each rank's state is of its lines and halo lines, and what it sends is what the plan says.
+    """
+    pixels, anchors, clip, state_bytes = whole_run(config, size, dtype)
+    found = on_ranks(ranks, split_run, config, size, dtype, fast)
+    errors = []
+    for got, got_anchors, *_ in found:
+        errors += [worst(x, want) for x, want in zip(got, pixels, strict=True)]
+        errors.append(worst(got_anchors, anchors))
+    if not fast:
+        band = Band.of(*size, ranks, 0)
+        parts = torch.cat(
+            [torch.from_numpy(rank[2]) for rank in found], dim=-2 if band.axis is Axis.ROWS else -1
+        )
+        errors.append(worst(parts.numpy(), clip))
+    print(f"{ranks} ranks: {max(errors):.1e}")
+    assert max(errors) <= TOLERANCE[dtype]
+    halos = 2 * (ranks - 1) / max(size)  # one line at every size, so the more of the whole the smaller
+    assert state_bytes < sum(rank[4] for rank in found) < (1 + halos) * state_bytes
+    check_bytes(found, CONFIGS[config], size, dtype.itemsize, fast)
+
+
+def check_bytes(found, config, size, element, fast):
+    """What the busiest rank sent is the plan's estimate; the repacked encoder pads its 3 pixel channels to 8."""
+    ranks, sizes = len(found), VaeSizes(config.base_dim, *size, config.num_res_blocks)
+    decode, encode = (max(rank[3][call] for rank in found) for call in (0, 1))
+    sides = 2 if ranks > 2 else 1
+    padding = sides * (8 - 3) * 8 * sizes.line * element if fast else 0
+    print(f"bytes a latent {decode}, an anchor {encode}")
+    assert decode == decode_exchange(sizes, ranks, element).bytes
+    assert encode == encode_exchange(sizes, ranks, element).bytes + padding
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "parts", "lengths"), [(40, 72, 4, [18] * 4), (7, 3, 3, [2, 2, 3])]
+)
+def test_bands_cover_the_longer_side(height, width, parts, lengths):
+    bands = [Band.of(height, width, parts, i) for i in range(parts)]
+    assert [band.lengths[band.index] for band in bands] == lengths
+    assert {band.axis for band in bands} == {Axis.ROWS if height >= width else Axis.COLUMNS}
+    assert [(band.before, band.after) for band in bands] == [(0, 1), *[(1, 1)] * (parts - 2), (1, 0)]
+
+
+def test_more_ranks_than_lines_are_refused():
+    with pytest.raises(
+        UsageError, match=r"vae=5 > 4, the longer side of a latent of 4x3; nearest valid: vae=4"
+    ):
+        Band.of(3, 4, 5, 0)
+
+
+def test_a_latent_of_another_size_is_refused():
+    part = SplitVae(build(CONFIGS["short"]), Band.of(3, 4, 2, 0), None)
+    with pytest.raises(ValueError, match=r"got a latent of 6 columns, expected 4"):
+        part.decode(drawn((3, 6), 0)[:, :, :1], part.decoder_state())

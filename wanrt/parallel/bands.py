@@ -1,0 +1,181 @@
+"""A picture cut into bands, one a rank: who holds which latent rows (or columns), and how neighbours exchange lines.
+
+A rank's activations are its own lines and, on each side where it has a neighbour, one halo line: a copy of the
+neighbour's outermost line. At the edge of the picture there is none; zero padding stands there as always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from wanrt.errors import UsageError
+
+
+class Axis(StrEnum):
+    """What the bands are stacked along."""
+
+    ROWS = "rows"
+    COLUMNS = "columns"
+
+
+@dataclass(frozen=True)
+class Band:
+    """Band `index` of a picture: latent lines `bounds[index]` to `bounds[index + 1]` along `axis`."""
+
+    axis: Axis
+    bounds: tuple[int, ...]
+    index: int
+
+    @classmethod
+    def of(cls, height: int, width: int, parts: int, index: int) -> Band:
+        """Cut a latent of `height` x `width` into `parts`, as even as whole lines allow.
+
+        Along the longer side: its border lines are the shorter ones, so the exchanges are smaller (576x320: 40
+        values a channel for columns, 72 for rows), and the bands are wider against their halos.
+
+        Raises `UsageError` for more parts than lines.
+        """
+        lines = max(height, width)
+        if parts > lines:
+            raise UsageError(
+                f"vae={parts} > {lines}, the longer side of a latent of {width}x{height}; nearest valid: vae={lines}"
+            )
+        axis = Axis.ROWS if height >= width else Axis.COLUMNS
+        return cls(axis, tuple(i * lines // parts for i in range(parts + 1)), index)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Latent lines of every band."""
+        return tuple(b - a for a, b in pairwise(self.bounds))
+
+    @property
+    def before(self) -> int:
+        """Halo lines in front: 1, or 0 at the edge of the picture."""
+        return int(self.index > 0)
+
+    @property
+    def after(self) -> int:
+        """Halo lines behind."""
+        return int(self.index + 2 < len(self.bounds))
+
+    def part(self, x: Tensor, dim: int, scale: int = 1) -> Tensor:
+        """This band's own lines of a whole `x` that has `scale` lines for each latent line. A view."""
+        start, stop = self.bounds[self.index], self.bounds[self.index + 1]
+        return x.narrow(dim, start * scale, (stop - start) * scale)
+
+    def part_with_halo(self, x: Tensor, dim: int) -> Tensor:
+        """As `part` for latent lines, with the halo lines. A view."""
+        start, stop = self.bounds[self.index] - self.before, self.bounds[self.index + 1] + self.after
+        return x.narrow(dim, start, stop - start)
+
+    def inner(self, x: Tensor, dim: int) -> Tensor:
+        """`x` without its halo lines. A view."""
+        return x.narrow(dim, self.before, x.shape[dim] - self.before - self.after)
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of this band of a latent of `height` x `width`."""
+        own = self.lengths[self.index]
+        return (own, width) if self.axis is Axis.ROWS else (height, own)
+
+
+class Neighbours(Protocol):
+    """How bands reach each other. Every rank of a split makes the same calls in the same order."""
+
+    def swap(self, first: Tensor | None, last: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Give the band before my `first` line and the band behind my `last`; get theirs. None: no such band."""
+        ...
+
+    def gather(self, own: Tensor, lengths: Sequence[int], dim: int) -> Tensor:
+        """Every band's `own` side by side along `dim`, where they have these lengths."""
+        ...
+
+
+@dataclass(frozen=True)
+class GroupNeighbours:
+    """The bands are the ranks of a process group, in its order."""
+
+    group: ProcessGroup
+
+    def swap(self, first: Tensor | None, last: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """See `Neighbours.swap`. On CUDA nothing waits but the current stream."""
+        rank = self.group.rank()
+        got: list[Tensor | None] = []
+        operations: list[dist.P2POp] = []
+        for line, other in ((first, rank - 1), (last, rank + 1)):
+            if line is None:
+                got.append(None)
+                continue
+            peer = dist.get_global_rank(self.group, other)
+            sent = line.contiguous()
+            received = torch.empty_like(sent)
+            operations.append(dist.P2POp(dist.isend, sent, peer, self.group))
+            operations.append(dist.P2POp(dist.irecv, received, peer, self.group))
+            got.append(received)
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+        return got[0], got[1]
+
+    def gather(self, own: Tensor, lengths: Sequence[int], dim: int) -> Tensor:
+        """See `Neighbours.gather`. Shorter bands are padded to the longest, as an all-gather wants equal parts."""
+        shape = list(own.shape)
+        shape[dim] = max(lengths)
+        padded = own.new_zeros(shape)
+        padded.narrow(dim, 0, own.shape[dim]).copy_(own)
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts, lengths, strict=True)], dim=dim)
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One band's edges in tensors whose lines run along `dim`."""
+
+    band: Band
+    neighbours: Neighbours
+    dim: int
+
+    def refresh(self, x: Tensor) -> Tensor:
+        """Overwrite the halo lines of `x` by what the neighbours have there. In place."""
+        before, after = self._swap(self.inner(x))
+        if before is not None:
+            x.narrow(self.dim, 0, 1).copy_(before)
+        if after is not None:
+            x.narrow(self.dim, x.shape[self.dim] - 1, 1).copy_(after)
+        return x
+
+    def extend(self, own: Tensor) -> Tensor:
+        """Add the halo lines to a band's own lines."""
+        before, after = self._swap(own)
+        return torch.cat([part for part in (before, own, after) if part is not None], dim=self.dim)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """`x` without its halo lines. A view."""
+        return self.band.inner(x, self.dim)
+
+    def without_first(self, x: Tensor) -> Tensor:
+        """`x` without the halo line in front. A view."""
+        return x.narrow(self.dim, self.band.before, x.shape[self.dim] - self.band.before)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The whole picture's map of latent lines, on every rank."""
+        return self.neighbours.gather(self.inner(x), self.band.lengths, self.dim)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This band's latent lines and halo lines of a whole map. A view."""
+        return self.band.part_with_halo(whole, self.dim)
+
+    def _swap(self, own: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        last = own.shape[self.dim] - 1
+        return self.neighbours.swap(
+            own.narrow(self.dim, 0, 1) if self.band.before else None,
+            own.narrow(self.dim, last, 1) if self.band.after else None,
+        )
