@@ -166,6 +166,10 @@ def test_groups_by_place() -> None:
         "decoder.head.2": "head",
     }.items():
         assert group_of(path, modules[path]) == group
+    tiny = open_subject("taehv", device="cpu", dtype=torch.float32, seed=0).module
+    modules = dict(tiny.named_modules())
+    assert group_of("decoder.13.conv", modules["decoder.13.conv"]) == "temporal"
+    assert group_of("decoder.3.conv.0", modules["decoder.3.conv.0"]) == "residual"
 
 
 def test_anchor_of_a_lossless_vae_is_the_latent_itself() -> None:

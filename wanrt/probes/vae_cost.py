@@ -114,7 +114,7 @@ def group_of(path: str, module: nn.Module) -> str:
         return "head"
     if any(part in ("to_qkv", "proj", "attentions") for part in parts) or parts[-1] == "norm":
         return "attention"
-    if "time_conv" in parts or type(module).__name__ in ("TPool", "TGrow"):
+    if "time_conv" in parts or (parts[-1] == "conv" and parts[-2].isdigit()):  # TAEHV's TPool and TGrow
         return "temporal"
     if "norm" in type(module).__name__.lower():
         return "norm"

@@ -77,7 +77,8 @@ class FamilyRow:
             return "one pass"
         if total > self.clip:
             return f"{count} overlapping tiles"
-        return f"{count} chunks of {max(self.pieces)}, cached"
+        small, large = min(self.pieces), max(self.pieces)
+        return f"{count} chunks of {small if small == large else f'{small}-{large}'}, cached"
 
 
 def _svd(vae: Any, z: Tensor) -> Tensor:
