@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import threading
 import time
 from dataclasses import replace
 from fractions import Fraction
@@ -22,11 +21,16 @@ from wanrt.telemetry import Recorder
 CPU = torch.device("cpu")
 
 
-class Silent:
-    """An observer that says nothing."""
+class Acting:
+    """An observer that does something to the rank processes, once, when some chunks are made."""
+
+    def __init__(self, action):
+        self.action, self.acted = action, None
 
     def update(self, snapshot):
-        pass
+        if self.acted is None and snapshot.frames_done >= 21:
+            self.acted = time.monotonic()
+            self.action(children())
 
     def log(self, line, level=0):
         pass
@@ -124,21 +128,6 @@ def endless(job, tmp_path, topology="pp1+tp=1"):
     return replace(job, topology=topology, frames=None, output=tmp_path / "x.mp4", stats=tmp_path / "s.json")
 
 
-def after_first_frames(action):
-    """Runs `action(rank processes)` in a thread once a render has started them and made some chunks."""
-
-    def run():
-        deadline = time.monotonic() + 60
-        while not children() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(6.0)
-        action(children())
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread
-
-
 def frames_in(path):
     import av
 
@@ -146,49 +135,38 @@ def frames_in(path):
         return sum(1 for _ in container.decode(video=0))
 
 
-def rendered(job, cancel=None):
-    began = time.monotonic()
+def rendered(job, action, cancel=None):
+    """Renders until `action` has its effect: the message, and the seconds from the action to the end."""
+    observer = Acting(action)
     with pytest.raises((RunError, CancelledError)) as caught:
-        render(job, Silent(), cancel=cancel)
+        render(job, observer, cancel=cancel)
+    took = time.monotonic() - observer.acted
     frames = frames_in(job.output)
-    assert frames >= 9
+    assert frames >= 21
     assert (frames - 9) % 12 == 0
     assert json.loads(job.stats.read_text())["stats"]["frames"] == frames
-    return str(caught.value), time.monotonic() - began
+    return str(caught.value), took
 
 
 def test_a_killed_rank_is_named_and_the_file_is_finished(job, tmp_path):
-    killed = []
-
-    def kill(processes):
-        killed.append(time.monotonic())
-        os.kill(processes[0].pid, signal.SIGKILL)
-
-    after_first_frames(kill)
-    message, _ = rendered(endless(job, tmp_path))
+    action = lambda processes: os.kill(processes[0].pid, signal.SIGKILL)  # noqa: E731
+    message, took = rendered(endless(job, tmp_path), action)
     assert "mesh0 (cpu) failed: killed by signal 9" in message
-    assert time.monotonic() - killed[0] < 10
+    assert took < 10
 
 
 @pytest.mark.slow
 def test_a_hanging_rank_is_given_up(job, tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "WATCHDOG_S", 4.0)
-    stopped = []
-
-    def stop(processes):
-        stopped.append(time.monotonic())
-        os.kill(processes[0].pid, signal.SIGSTOP)
-
-    after_first_frames(stop)
-    message, _ = rendered(endless(job, tmp_path))
+    action = lambda processes: os.kill(processes[0].pid, signal.SIGSTOP)  # noqa: E731
+    message, took = rendered(endless(job, tmp_path), action)
     assert "mesh0 (cpu)" in message
-    assert time.monotonic() - stopped[0] < 4 + 10
+    assert took < 4 + 10
 
 
 def test_cancel_ends_the_ranks_too(job, tmp_path):
     cancel = Cancel()
-    after_first_frames(lambda processes: cancel.ask(signal.SIGINT))
-    message, _ = rendered(endless(job, tmp_path, "tp=2"), cancel)
+    message, _ = rendered(endless(job, tmp_path, "tp=2"), lambda _: cancel.ask(signal.SIGINT), cancel)
     assert "SIGINT" in message
 
 
