@@ -165,5 +165,5 @@ def pictures(models: Models, out: Path, *, half: bool, seed: int = 7) -> None:
     kept = film(models, [list(SHOWN)], Shot(5, half=half), seed, set(range(5)))
     clips = torch.cat([kept[c] for c in range(5)], dim=2).float().cpu()
     out.mkdir(parents=True, exist_ok=True)
-    save_picture(contact_sheet(clips, list(range(0, 48, 8))), out / "wan-tiny.png")
+    save_picture(contact_sheet(clips, list(range(0, 48, 8))), out / "wan-tiny.png", limited=True)
     save_gif(clips[list(MOVING), :, 9:57:2], out / "wan-tiny.gif", columns=3, fps=8)
