@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from wanrt import __version__
 from wanrt.cli import app
 from wanrt.script.preset import Preset
 from wanrt.script.schema import PromptFile, SceneTable, Transition
@@ -107,7 +108,7 @@ def test_keys_of_prompt_files():
 
 def test_exit_codes():
     codes = {int(tag) for tag in tags("wanrt.1", "EXIT STATUS")}
-    assert codes == {app.OK, app.FAILED, app.WRONG_USE, app.INTERRUPTED, app.TERMINATED}
+    assert codes == {app.OK, app.FAILED, app.WRONG_USE, app.HUNG_UP, app.INTERRUPTED, app.TERMINATED}
 
 
 def test_environment_variables():
@@ -120,9 +121,8 @@ def test_environment_variables():
 
 
 def test_the_version_is_the_packages():
-    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     for page in MAN.iterdir():
-        assert f'"wanrt {version}"' in page.read_text().splitlines()[0], page.name
+        assert f'"wanrt {__version__}"' in page.read_text().splitlines()[0], page.name
 
 
 def test_the_documented_example_is_the_demo_that_renders(tmp_path):

@@ -111,7 +111,9 @@ def test_progress_stats_and_trace(wanrt, events, tmp_path):
     assert all(span["dur"] >= 0 and span["ts"] >= 0 for span in spans)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_ends_in_a_finished_file(wanrt, decode, tmp_path, signum, code):
     out = tmp_path / "x.mp4"
     process = wanrt.start("render", PROMPT, "-o", out, "--duration", "1h", "--json-progress")

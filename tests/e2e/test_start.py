@@ -1,6 +1,7 @@
 """What a user sees first, and what is refused, before anything heavy is imported."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -42,6 +43,19 @@ def test_the_panel_is_there_before_torch(no_torch, tmp_path):
         seen += os.read(terminal, 4096).decode()
     assert process.poll() is None
     os.close(terminal)
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_breaks_the_start_off(no_torch, tmp_path, signum, code):
+    process = no_torch("-o", tmp_path / "x.mp4", "--random-weights")
+    process.stderr.readline()
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert err == f"wanrt: ended by {signum.name}\n"
+    assert not list(tmp_path.glob("*.mp4"))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,13 @@ and the rooms that need them are imported inside the function.
 
 def main() -> None:
     """Run the `wanrt` command."""
+    import sys
     import time
 
     started = time.perf_counter_ns()
-    from wanrt.cli.app import run
-
+    try:
+        from wanrt.cli.app import run
+    except KeyboardInterrupt:
+        print("wanrt: interrupted", file=sys.stderr)
+        sys.exit(130)
     run(started_ns=started)

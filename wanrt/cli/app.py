@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import pkgutil
@@ -18,7 +19,7 @@ from wanrt.errors import WanrtError
 # Typer brings its own copy of Click since 0.2x and used the click package before: both define this base.
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
-OK, FAILED, WRONG_USE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+OK, FAILED, WRONG_USE, HUNG_UP, INTERRUPTED, TERMINATED = 0, 1, 2, 129, 130, 143
 
 log = logging.getLogger("wanrt")
 
@@ -188,8 +189,9 @@ def _traceback() -> None:
 
 
 def _complain(text: str) -> None:
-    for line in text.splitlines():
-        print(f"wanrt: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr is a terminal that was closed, or a pipe that nobody reads
+        for line in text.splitlines():
+            print(f"wanrt: {line}", file=sys.stderr)
 
 
 def _wrong_use(bad: Any) -> int:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wanrt.pipeline")
 
+LIBRARY = "PyTorch"  # the first thing that is loaded, and on most machines the slowest
+
 
 @dataclass(frozen=True)
 class RenderResult:
@@ -58,6 +60,7 @@ def render(
         run = _Run(job, cancel, monitor, started_ns)
         try:
             run.check()
+            monitor.load(LIBRARY, None)  # before the first snapshot, which would be empty without it
             monitor.start()
             run.go()
         finally:
@@ -112,13 +115,12 @@ class _Run:
         from wanrt.pipeline.devices import choose_device, wait_passively
         from wanrt.pipeline.models import timed
 
-        with timed(self._monitor.load, "PyTorch"):
+        with self._cancel.raising_at_once(), timed(self._monitor.load, LIBRARY):
             wait_passively()
             from wanrt.pipeline.build import find_files, settle_topology
 
             self._files = find_files(self._job)
             self._device = choose_device(self._job.device)
-        self._cancel.check()
         self._job = settle_topology(self._job, self._device)
 
     def _make(self) -> None:

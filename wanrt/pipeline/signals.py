@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM become a polite end; a second one is not polite."""
+"""SIGINT, SIGTERM and SIGHUP become a polite end; a second one is not polite."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from types import FrameType
 
 from wanrt.pipeline.cancel import Cancel
 
+POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal or the connection is gone
+
 log = logging.getLogger("wanrt.pipeline")
 
 
 @contextmanager
 def ending_on_signals(cancel: Cancel) -> Iterator[None]:
-    """Inside the block the first SIGINT or SIGTERM asks `cancel`; a second kills the process at once.
+    """Inside the block the first SIGINT, SIGTERM or SIGHUP asks `cancel`; a second kills the process at once.
 
-    Handlers are restored at the end. Outside the main thread Python sets no handlers: then this does nothing.
+    Handlers are restored at the end. SIGHUP stays ignored under nohup. Outside the main thread Python sets no
+    handlers: then this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         log.debug("signals are not handled: the run is not on the main thread")
@@ -31,8 +34,11 @@ def ending_on_signals(cancel: Cancel) -> Iterator[None]:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         cancel.ask(signum)
+        if cancel.at_once:
+            cancel.check()
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    before = {number: signal.signal(number, on_signal) for number in POLITE if number not in ignored}
     try:
         yield
     finally:
