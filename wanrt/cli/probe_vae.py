@@ -54,6 +54,9 @@ def command(
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of random weights.")] = 0,
 ) -> None:
     """Ask a video VAE, by experiment, what it can decode alone and what that costs."""
+    from wanrt.pipeline.devices import wait_passively
+
+    wait_passively()  # before torch is imported
     from wanrt.probes.vae_command import Request, run
 
     run(

@@ -39,7 +39,9 @@ def anchor(subject: Subject, *, trips: int = 20, grid: tuple[int, int] | None = 
     if subject.encode_frame is None or subject.encode_whole is None:
         return None
     latents, factor = 5, subject.temporal_factor
-    pixels = subject.picture(latents, grid or subject.grid)
+    if grid is None and subject.paint is not None:  # at the size it was trained on
+        grid = (subject.size[0] // subject.spatial_factor, subject.size[1] // subject.spatial_factor)
+    pixels = subject.picture(latents, grid or subject.grid, familiar=True)
     clip = subject.encode_whole(pixels)
     at = latents - 2
     frame = factor * at  # last pixel frame of latent `at`

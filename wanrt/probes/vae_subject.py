@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,9 @@ class Subject:
     short_clip: int = 5  # latents that surely decode in one call
     grid: tuple[int, int] = (8, 6)  # latent positions, width x height, for the questions about values
     small_grid: tuple[int, int] = (2, 2)  # the same for long clips
+    paint: Callable[[int, int, int], Tensor] | None = (
+        None  # frames, height, width -> a clip as it was trained on
+    )
 
     @property
     def device(self) -> torch.device:
@@ -69,11 +72,15 @@ class Subject:
         """Of the weights."""
         return next(self.module.parameters()).dtype
 
-    def picture(self, latents: int, grid: tuple[int, int]) -> Tensor:
-        """A moving picture that encodes to so many latents of `grid` (width, height) positions."""
+    def picture(self, latents: int, grid: tuple[int, int], *, familiar: bool = False) -> Tensor:
+        """A moving picture that encodes to so many latents of `grid` (width, height) positions.
+
+        `familiar`: of the kind that the VAE was trained on, where that is known.
+        """
         frames = 1 + (latents - 1) * self.temporal_factor
         width, height = (side * self.spatial_factor for side in grid)
-        return moving_picture(frames, height, width).to(self.device, self.dtype)
+        paint = self.paint if familiar and self.paint is not None else moving_picture
+        return paint(frames, height, width).to(self.device, self.dtype)
 
     def clip(self, latents: int, grid: tuple[int, int]) -> Tensor:
         """Latents in which neighbours in time are alike, as in a video, [1, C, latents, h, w].
@@ -100,6 +107,15 @@ def moving_picture(frames: int, height: int, width: int) -> Tensor:
     sky = torch.stack([0.3 * wave, 0.5 * y.expand_as(wave), 0.4 - 0.4 * wave])
     ball = torch.tensor([0.9, -0.5, -0.6]).view(3, 1, 1, 1)
     return (sky * (1 - disc) + ball * disc).unsqueeze(0)
+
+
+def tiny_world(frames: int, height: int, width: int) -> Tensor:
+    """A clip of the world that wan-tiny was trained on, [1, 3, frames, height, width] in [-1, 1]."""
+    from wanrt.tiny.scenes import scene
+    from wanrt.tiny.world import World
+
+    ball = scene(shape="ball", colour="red", motion="circling", background="ocean")
+    return World(height, width).render(ball, torch.arange(frames))[0]
 
 
 @torch.no_grad()
@@ -176,7 +192,10 @@ def open_subject(
         return _file(Path(spec), device, dtype)
     found = None if random_weights or preset is None else _find(preset, weights)
     if found is not None:
-        return _file(found, device, dtype, name=spec)
+        subject = _file(found, device, dtype, name=spec)
+        return (
+            replace(subject, paint=tiny_world) if preset is not None and preset.weights.embedded else subject
+        )
     log.info(
         "%s: %s", spec, "random weights, as asked" if random_weights else "no weights found, so random ones"
     )
