@@ -52,6 +52,9 @@ class Counting:
         self.sent += longest * (self.size - 1)
         return self.whole.gather(own, lengths, dim)
 
+    def collect(self, own, lengths, dim):
+        return self.whole.collect(own, lengths, dim)
+
 
 def split_run(group, config, size, dtype, fast):
     """Two streams mixed latent by latent, the first one then again after a reset; anchors; a clip; bytes sent."""
@@ -76,7 +79,7 @@ def split_run(group, config, size, dtype, fast):
     decode = neighbours.sent - before
     part.encode_frame(again[:, :, -1:])
     encode = neighbours.sent - before - decode
-    whole = [part.gather(x).numpy() for x in pixels]
+    whole = [x.numpy() for x in map(part.collect, pixels) if x is not None]
     clip = None if fast else vae.encode(pixels[0], vae.encoder_state()).numpy()
     return whole, torch.cat(anchors, dim=2).numpy(), clip, (decode, encode), first.nbytes
 
@@ -115,8 +118,9 @@ def test_bands_are_the_whole(on_ranks, ranks, config, size, dtype, fast):
     pixels, anchors, clip, state_bytes = whole_run(config, size, dtype)
     found = on_ranks(ranks, split_run, config, size, dtype, fast)
     errors = []
+    assert [len(rank[0]) for rank in found] == [2] + [0] * (ranks - 1)  # pixels go to the first rank
     for got, got_anchors, *_ in found:
-        errors += [worst(x, want) for x, want in zip(got, pixels, strict=True)]
+        errors += [worst(x, want) for x, want in zip(got, pixels, strict=False)]
         errors.append(worst(got_anchors, anchors))
     if not fast:
         band = Band.of(*size, ranks, 0)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from wanrt.pipeline.codec import LocalCodec
 from wanrt.pipeline.context import AnchorPolicy, latents_for
 from wanrt.pipeline.loop import LoopSettings, Pipeline
 from wanrt.pipeline.mesh import InProcessMesh, Mesh, MeshSettings
@@ -113,7 +114,7 @@ def fake_pipeline():
         settings = MeshSettings(seed, 5.0, window, policy, recompute, SHAPE)
         mesh = InProcessMesh(Mesh(denoiser, settings, recorder), launch_on_submit=launch_on_submit)
         loop = LoopSettings(policy, window, recompute, frames, steps, bias)
-        pixels = PixelStage(vae, window if loop.anchors else None, recorder, chunks=loop.chunks)
+        pixels = PixelStage(LocalCodec(vae), window if loop.anchors else None, recorder, chunks=loop.chunks)
         timeline = timeline or FakeTimeline()
         book = PromptBook(timeline, fake_encode, recorder)
         return Pipeline(timeline, book, pixels, mesh, loop, recorder), vae, denoiser

@@ -15,6 +15,7 @@ from wanrt.errors import RunError, UsageError
 from wanrt.pipeline import ranks, render
 from wanrt.pipeline.build import Wiring, build_pipeline, settle_topology, topology_of
 from wanrt.pipeline.cancel import Cancel, CancelledError
+from wanrt.pipeline.loop import to_rgb8
 from wanrt.script import Curve, RenderJob, Scene, Timeline, load_preset
 from wanrt.telemetry import Recorder
 
@@ -52,9 +53,9 @@ def job():
     )  # fmt: skip
 
 
-def video(job, recorder=None):
+def video(job, recorder=None, convert=to_rgb8):
     """(latents of all chunks, frames) of a job."""
-    pipeline = build_pipeline(job, None, CPU, Wiring(recorder or Recorder()))
+    pipeline = build_pipeline(job, None, CPU, Wiring(recorder or Recorder(), convert=convert))
     latents, receive = [], pipeline._mesh.receive
 
     def listening():
@@ -109,9 +110,71 @@ def test_policies_agree_within_a_topology(job):
     assert torch.equal(pixels, other_pixels)
 
 
+def as_floats(pixels):
+    return pixels[0].movedim(0, -1).clone()
+
+
+@pytest.fixture(scope="module")
+def wide(job):
+    """Twenty latent columns: a VAE split over three ranks has 6, 7 and 7."""
+    return replace(job, width=160, height=48)
+
+
+@pytest.fixture(scope="module")
+def wide_single(wide):
+    return video(wide, convert=as_floats)
+
+
+SPLIT = ["ulysses=2+vae=2", pytest.param("tp=2+vae=2", marks=pytest.mark.slow)]
+SPLIT += [pytest.param(f"pp1+{rest}", marks=pytest.mark.slow) for rest in ("tp=2+vae=2", "tp=1+vae=3")]
+SPLIT += ["pp1+tp=1+vae=2"]
+
+
+@pytest.mark.parametrize("topology", SPLIT)
+def test_a_split_vae_gives_the_same_video(wide, wide_single, topology):
+    """Issue 4: float pixels and latents within 1e-4 of scale, over four chunks and a prompt change."""
+    recorder = Recorder()
+    found = video(replace(wide, topology=topology), recorder, as_floats)
+    for name, got, want in zip(("latents", "pixels"), found, wide_single, strict=True):
+        error = ((got - want).abs().max() / want.abs().max()).item()
+        print(f"{topology} {name}: {error:.1e}")
+        assert got.shape == want.shape
+        assert error <= 1e-4
+    part = recorder.stats().stage("vae")
+    assert part.rank == ("vae1" if topology.startswith("pp1") else "mesh1")
+    assert part.spans["decode"].count == 12  # each latent once
+    assert part.spans["encode"].count == 2  # of the chunks whose context has an anchor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["tp=2+vae=2", "pp1+tp=1+vae=2"])
+def test_policies_agree_under_a_split_vae(wide, topology):
+    jobs = [
+        replace(wide, topology=topology, anchor=anchor) for anchor in ("decode-all", "overlap", "anchor-only")
+    ]
+    (latents, pixels), *others = (video(j, convert=as_floats) for j in jobs)
+    for other_latents, other_pixels in others:
+        assert torch.equal(latents, other_latents)
+        assert torch.equal(pixels, other_pixels)
+
+
+@pytest.mark.slow
+def test_a_killed_vae_rank_is_named(wide, tmp_path):
+    def kill(processes):
+        os.kill(processes[0].pid, signal.SIGKILL)  # started first: vae1
+
+    after_first_frames(kill)
+    message, _ = rendered(endless(wide, tmp_path, "pp1+tp=1+vae=2"))
+    assert "vae1 (cpu) failed: killed by signal 9" in message
+
+
 @pytest.mark.parametrize(
     ("topology", "words"),
-    [("tp=5", r"8 % 5"), ("pp1+tp=2+vae=2", "leave out"), ("tp=2+tp=2", "topology")],
+    [
+        ("tp=5", r"8 % 5"),
+        ("pp1+tp=2+vae=9", "vae=9 > 8, .*; nearest valid: .*vae=8"),
+        ("tp=2+tp=2", "topology"),
+    ],
 )
 def test_what_cannot_be_is_refused(job, topology, words):
     with pytest.raises(UsageError, match=words):

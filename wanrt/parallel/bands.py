@@ -98,6 +98,10 @@ class Neighbours(Protocol):
         """Every band's `own` side by side along `dim`, where they have these lengths."""
         ...
 
+    def collect(self, own: Tensor, lengths: Sequence[int], dim: int) -> Tensor | None:
+        """As `gather`, for the first rank; None on the others."""
+        ...
+
 
 @dataclass(frozen=True)
 class GroupNeighbours:
@@ -126,13 +130,29 @@ class GroupNeighbours:
 
     def gather(self, own: Tensor, lengths: Sequence[int], dim: int) -> Tensor:
         """See `Neighbours.gather`. Shorter bands are padded to the longest, as an all-gather wants equal parts."""
-        shape = list(own.shape)
-        shape[dim] = max(lengths)
-        padded = own.new_zeros(shape)
-        padded.narrow(dim, 0, own.shape[dim]).copy_(own)
+        padded = _padded(own, max(lengths), dim)
         parts = [torch.empty_like(padded) for _ in lengths]
         dist.all_gather(parts, padded, group=self.group)
-        return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts, lengths, strict=True)], dim=dim)
+        return _joined(parts, lengths, dim)
+
+    def collect(self, own: Tensor, lengths: Sequence[int], dim: int) -> Tensor | None:
+        """See `Neighbours.collect`."""
+        padded = _padded(own, max(lengths), dim)
+        parts = [torch.empty_like(padded) for _ in lengths] if self.group.rank() == 0 else None
+        dist.gather(padded, parts, dst=dist.get_global_rank(self.group, 0), group=self.group)
+        return None if parts is None else _joined(parts, lengths, dim)
+
+
+def _padded(own: Tensor, length: int, dim: int) -> Tensor:
+    shape = list(own.shape)
+    shape[dim] = length
+    padded = own.new_zeros(shape)
+    padded.narrow(dim, 0, own.shape[dim]).copy_(own)
+    return padded
+
+
+def _joined(parts: Sequence[Tensor], lengths: Sequence[int], dim: int) -> Tensor:
+    return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts, lengths, strict=True)], dim=dim)
 
 
 @dataclass(frozen=True)

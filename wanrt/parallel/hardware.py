@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from wanrt.parallel.topology import MeshKind, Topology
+from wanrt.parallel.vae_traffic import Exchange, decode_exchange, encode_exchange
 from wanrt.parallel.workload import Workload, operations, traffic
 from wanrt.telemetry.simulator import StageCosts
 
@@ -47,7 +48,6 @@ LINKS = {Link.NVLINK: (240.0, 6.7), Link.HOST: (26.0, 0.0)}
 # Messages a layer and peer that wait; those of an all-reduce are in its bandwidth already.
 PER_LAYER = {MeshKind.SINGLE: 0, MeshKind.TP: 0, MeshKind.ULYSSES: 4}
 TRANSFER_MS = 0.5  # latents up and envelope down, a few hundred kilobytes with their launch and wake-up
-SPLIT_LOSS = 1.15  # halos and the exchange of a VAE split over several devices
 
 
 def known(name: str) -> Device | None:
@@ -68,14 +68,32 @@ def mesh_ms(
     return shared + traffic(work, topology).mesh / rate * 1e-6 + messages * latency * 1e-3
 
 
+def vae_ms(alone: float, work: Workload, topology: Topology, exchange: Exchange, link: Link) -> float:
+    """Milliseconds of a VAE call that takes `alone` on one device: the widest band, its halos, the exchanges.
+
+    The halos' arithmetic is lines computed twice, at latent size one of the band's and half as many at each size
+    above; three in four operations are at the two largest sizes, so a quarter of a line on average.
+    """
+    if topology.vae == 1:
+        return alone
+    lines, sides = work.vae_sizes.lines, 1 if topology.vae == 2 else 2
+    band = -(-lines // topology.vae) + sides / 4
+    rate, latency = LINKS[link]
+    return alone * band / lines + exchange.bytes / rate * 1e-6 + exchange.messages * latency * 1e-3
+
+
 def predict(work: Workload, topology: Topology, device: Device, link: Link) -> StageCosts:
     """Stage costs of a topology, for the simulator."""
     wide = (work.vae_dim / 96) ** 2
-    split = SPLIT_LOSS / topology.vae if topology.vae > 1 else 1.0
+    about = work.vae_sizes, topology.vae, 2
     return StageCosts(
         mesh=mesh_ms(work, topology, device, link),
-        decode=device.decode * work.pixels * wide * split * 1e-6,
-        encode=device.encode * work.pixels * wide * 1e-6,
+        decode=vae_ms(
+            device.decode * work.pixels * wide * 1e-6, work, topology, decode_exchange(*about), link
+        ),
+        encode=vae_ms(
+            device.encode * work.pixels * wide * 1e-6, work, topology, encode_exchange(*about), link
+        ),
         transfer=TRANSFER_MS if topology.pp1 else 0.0,
     )
 
@@ -88,7 +106,7 @@ def rescale(
     return StageCosts(
         mesh=measured.mesh * there.mesh / base.mesh,
         decode=measured.decode * there.decode / base.decode,
-        encode=measured.encode,
+        encode=measured.encode * there.encode / base.encode,
         convert=measured.convert,
         transfer=there.transfer,
     )

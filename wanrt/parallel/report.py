@@ -166,6 +166,10 @@ def _moved(plan: Plan) -> list[str]:
         parts.append(f"{moved.mesh / GIB:.2f} GiB sent by each mesh rank")
     if moved.stage0:
         parts.append(f"{moved.stage0 / MIB:.2f} MiB between stage 0 and mesh")
+    if moved.vae:
+        parts.append(
+            f"{moved.vae / MIB:.1f} MiB sent by each VAE rank, {moved.pixels / MIB:.1f} MiB of pixels to stage 0"
+        )
     return [f"moved      {', '.join(parts)}, a chunk"] if parts else []
 
 

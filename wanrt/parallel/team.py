@@ -126,9 +126,9 @@ class Team:
             self._listen(0.2)
             self.check()
 
-    def send(self, command: Any) -> None:
-        """Gives every rank a command. Raises `RunError` when one is gone."""
-        for seat in self._seats:
+    def send(self, command: Any, to: frozenset[str] | None = None) -> None:
+        """Gives ranks a command, all of them or those of these names. Raises `RunError` when one is gone."""
+        for seat in (seat for seat in self._seats if to is None or seat.member.name in to):
             try:
                 seat.pipe.send(command)
             except OSError as error:
@@ -212,6 +212,19 @@ class Team:
             log.info("%s is ready%s", seat.place, f": {message.detail}" if message.detail else "")
         else:
             self._heard(seat.member.name, message)
+
+
+@contextlib.contextmanager
+def answering(team: Team, what: str) -> Iterator[None]:
+    """An exchange with the ranks that breaks off is a rank's failure: raises `RunError` that says whose."""
+    try:
+        yield
+    except RunError:
+        raise
+    except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise
+        raise team.failure(f"{what} ({' '.join(str(error).split())[:160]})") from error
 
 
 def _cause_of_death(code: int | None) -> str:

@@ -104,12 +104,14 @@ class Topology:
 class ModelShape:
     """The whole numbers of a run that a split must divide.
 
-    heads, ffn_dim: of the transformer. frame_tokens: tokens of a latent frame, (H/16)(W/16).
+    heads, ffn_dim: of the transformer. frame_tokens: tokens of a latent frame, (H/16)(W/16). vae_lines: rows or
+    columns of a latent, of which a split VAE needs one a rank; None: not asked.
     """
 
     heads: int
     ffn_dim: int
     frame_tokens: int
+    vae_lines: int | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,8 @@ def why_not(topology: Topology, shape: ModelShape, devices: int | None = None) -
             return f"{equation}, expected 0"
     if not topology.pp1 and topology.vae > topology.mesh:
         return f"vae={topology.vae} > {topology.mesh}, the mesh's devices, which the VAE shares without pp1"
+    if shape.vae_lines is not None and topology.vae > shape.vae_lines:
+        return f"vae={topology.vae} > {shape.vae_lines}, the longer side of a latent"
     if devices is not None and topology.devices > devices:
         return f"{_sum(topology)} > {devices} on this machine"
     return None

@@ -200,7 +200,7 @@ class SplitVae:
         own = self.vae.encode_frame(pixels)
         return self.seam.neighbours.gather(own, self.band.lengths, self.seam.dim)
 
-    def gather(self, pixels: Tensor) -> Tensor:
-        """Whole pixels of every rank's band, on every rank."""
+    def collect(self, pixels: Tensor) -> Tensor | None:
+        """Whole pixels of every rank's band, on the first rank; None on the others."""
         lengths = [n * PIXELS_PER_LATENT for n in self.band.lengths]
-        return self.seam.neighbours.gather(pixels, lengths, self.seam.dim)
+        return self.seam.neighbours.collect(pixels, lengths, self.seam.dim)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wanrt.parallel.topology import MeshKind, ModelShape, Topology
+from wanrt.parallel.vae_traffic import VaeSizes, decode_exchange, encode_exchange
 
 if TYPE_CHECKING:
     from wanrt.script import RenderJob
@@ -45,6 +46,7 @@ class Workload:
     element: int
     vae_dim: int
     text_encoder: int  # parameters
+    vae_blocks: int = 2  # residual blocks of a level
 
     @classmethod
     def of(cls, job: RenderJob) -> Workload:
@@ -67,6 +69,7 @@ class Workload:
             element=4 if job.precision == "fp32" else 2,
             vae_dim=job.preset.vae.base_dim,
             text_encoder=text.vocab * text.dim + text.num_layers * encoder_layer,
+            vae_blocks=job.preset.vae.num_res_blocks,
         )
 
     @property
@@ -82,7 +85,12 @@ class Workload:
     @property
     def shape(self) -> ModelShape:
         """What a split must divide."""
-        return ModelShape(self.heads, self.ffn_dim, self.frame_tokens)
+        return ModelShape(self.heads, self.ffn_dim, self.frame_tokens, self.vae_sizes.lines)
+
+    @property
+    def vae_sizes(self) -> VaeSizes:
+        """Sizes of the VAE and its latents."""
+        return VaeSizes(self.vae_dim, self.height // 8, self.width // 8, self.vae_blocks)
 
     @property
     def split_parameters(self) -> int:
@@ -169,10 +177,16 @@ def _activations(work: Workload, topology: Topology) -> int:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one chunk. mesh: sent by each mesh rank to the others; stage0: between stage 0 and the mesh."""
+    """Bytes of one chunk. mesh: sent by each mesh rank to the others; stage0: between stage 0 and the mesh.
+
+    vae: sent by the busiest rank of a split VAE to the others, for halos, attention and the anchor; pixels: from
+    all of them to stage 0, as floats.
+    """
 
     mesh: int
     stage0: int
+    vae: int = 0
+    pixels: int = 0
 
 
 def traffic(work: Workload, topology: Topology) -> Traffic:
@@ -190,7 +204,12 @@ def traffic(work: Workload, topology: Topology) -> Traffic:
         MeshKind.ULYSSES: 4 * (n - 1) / n**2 * activation,
     }[topology.kind]
     latent = LATENT_CHANNELS * (work.height // 8) * (work.width // 8) * 4
-    return Traffic(int(mesh), (CHUNK + 1) * latent if topology.pp1 else 0)
+    element = 4 if work.element == 4 else 2
+    decode = decode_exchange(work.vae_sizes, topology.vae, element).bytes
+    encode = encode_exchange(work.vae_sizes, topology.vae, element).bytes
+    pixels = CHUNK * 4 * 3 * 4 * work.pixels * (topology.vae - 1) // topology.vae
+    stage0 = (CHUNK + 1) * latent if topology.pp1 else 0
+    return Traffic(int(mesh), stage0, CHUNK * decode + encode, pixels)
 
 
 def operations(work: Workload) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from wanrt.errors import UsageError
+from wanrt.pipeline.codec import Codec, LocalCodec
 from wanrt.pipeline.context import CHUNK_LATENTS, AnchorPolicy
 from wanrt.pipeline.lanes import Lanes, lanes_for
 from wanrt.pipeline.loop import LoopSettings, Pipeline, to_rgb8
@@ -97,10 +98,11 @@ def topology_of(job: RenderJob) -> Topology:
 
     topology = Topology.parse(job.topology)
     shape = job.preset.transformer
-    check(topology, ModelShape(shape.num_heads, shape.ffn_dim, job.grid[0] * job.grid[1]))
-    if topology.vae > 1:
+    tokens = job.grid[0] * job.grid[1]
+    check(topology, ModelShape(shape.num_heads, shape.ffn_dim, tokens, max(job.latent_size)))
+    if topology.vae > 1 and job.preset.vae.kind != "wan":
         raise UsageError(
-            f"topology {topology}: the VAE runs on one device so far; leave out +vae={topology.vae}"
+            f"topology {topology}: the {job.preset.vae.kind} VAE is not split; leave out +vae={topology.vae}"
         )
     return topology
 
@@ -157,18 +159,27 @@ def join_stage0(
     wiring: Wiring,
     tuning: Tuning,
     lanes: Lanes,
+    codec: Codec | None = None,
 ) -> Pipeline:
-    """Stage 0 on `device`, its mesh wherever `handle` says."""
+    """Stage 0 on `device`, its mesh wherever `handle` says; `codec`: its VAE where that is split over ranks."""
+    loop = loop_settings(job)
+    if codec is None:
+        codec = _local_codec(job, models, device, tuning, lanes)
+    window = loop.window if loop.anchors else None
+    pixels = PixelStage(codec, window, wiring.recorder, wiring.check, loop.chunks, lanes)
+    prompts = PromptBook(job.timeline, models.encode, wiring.recorder)
+    return Pipeline(job.timeline, prompts, pixels, handle, loop, wiring.recorder, wiring.convert, lanes)
+
+
+def _local_codec(
+    job: RenderJob, models: Stage0Models, device: torch.device, tuning: Tuning, lanes: Lanes
+) -> LocalCodec:
     from wanrt.pipeline.devices import choose_precision
     from wanrt.pipeline.models import streaming_vae
 
-    loop = loop_settings(job)
     with lanes.main():
         vae = streaming_vae(models.vae, job, choose_precision(job.precision, device), graphs=tuning.graphs)
-    window = loop.window if loop.anchors else None
-    pixels = PixelStage(vae, window, wiring.recorder, wiring.check, loop.chunks, lanes)
-    prompts = PromptBook(job.timeline, models.encode, wiring.recorder)
-    return Pipeline(job.timeline, prompts, pixels, handle, loop, wiring.recorder, wiring.convert, lanes)
+    return LocalCodec(vae, lanes)
 
 
 def make_mesh(

@@ -68,15 +68,19 @@ class OneLane:
 
 
 class CudaLanes:
-    """Two streams of one CUDA device."""
+    """Two streams of one CUDA device.
 
-    def __init__(self, device: torch.device) -> None:
+    `apart` False: both lanes are one stream. Collectives of two process groups on one device must come in the same
+    order on every rank, which two streams cannot promise.
+    """
+
+    def __init__(self, device: torch.device, *, apart: bool = True) -> None:
         import torch
 
         self._torch = torch
         with torch.cuda.device(device):
             self._main = torch.cuda.Stream(priority=-1)
-            self._side = torch.cuda.Stream(priority=0)
+            self._side = torch.cuda.Stream(priority=0) if apart else self._main
         self._main.wait_stream(torch.cuda.current_stream(device))
         self._marked = self._main.record_event()
         self._aside = self._side.record_event()
@@ -110,9 +114,9 @@ class CudaLanes:
         return tensor
 
 
-def lanes_for(device: torch.device) -> Lanes:
-    """Two streams on CUDA, the calling thread elsewhere."""
-    return CudaLanes(device) if device.type == "cuda" else OneLane()
+def lanes_for(device: torch.device, *, apart: bool = True) -> Lanes:
+    """Two streams on CUDA (one where they must not be `apart`), the calling thread elsewhere."""
+    return CudaLanes(device, apart=apart) if device.type == "cuda" else OneLane()
 
 
 class Flag:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from wanrt.pipeline.codec import StreamingVae
 from wanrt.pipeline.devices import Precision
-from wanrt.pipeline.pixels import StreamingVae
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from wanrt.models.text_encoder import UMT5Encoder
     from wanrt.models.tokenizer import PromptTokenizer
     from wanrt.models.transformer import WanTransformer
+    from wanrt.models.vae import WanVae
+    from wanrt.models.vae_fast import FastVae
+    from wanrt.models.vae_graph import GraphedVae
     from wanrt.parallel.plan import ShardPlan
+    from wanrt.parallel.vae_split import SplitVae
     from wanrt.script import Preset, RenderJob
     from wanrt.weights.registry import ModelFiles
 
@@ -60,14 +64,21 @@ def load_stage0(
         log.warning(
             "random weights: the picture means nothing; prompts are hashed, the text encoder is not loaded"
         )
-        with timed(progress, "VAE"):
-            vae = _random_vae(job, device, precision)
+        vae = load_streaming_vae(job, files, device, precision, progress)
         return Stage0Models(vae, partial(hashed_embedding, job.preset.transformer.text_dim, device))
     with timed(progress, "text encoder"):
         encode = _text_encoder(job.preset, files, device, precision)
+    return Stage0Models(load_streaming_vae(job, files, device, precision, progress), encode)
+
+
+def load_streaming_vae(
+    job: RenderJob, files: ModelFiles | None, device: torch.device, precision: Precision, progress: Progress
+) -> StreamingVae:
+    """Loads the VAE; `files` None draws random weights, the same in every process. Raises as `load_stage0`."""
     with timed(progress, "VAE"):
-        vae = _vae(job.preset, files, device, precision)
-    return Stage0Models(vae, encode)
+        if files is None:
+            return _random_vae(job, device, precision)
+        return _vae(job.preset, files, device, precision)
 
 
 def load_transformer(
@@ -163,13 +174,49 @@ def streaming_vae(vae: StreamingVae, job: RenderJob, precision: Precision, *, gr
     """The VAE as a stream of this size runs it: on CUDA the repacked one, its calls as graphs; else as it is."""
     from wanrt.models.vae import WanVae
 
-    if not isinstance(vae, WanVae) or next(vae.parameters()).device.type != "cuda":
+    if not isinstance(vae, WanVae):
         return vae
+    return _graphed(_repacked(vae, precision), job.latent_size, graphs=graphs)
+
+
+def split_vae(
+    vae: StreamingVae, job: RenderJob, precision: Precision, group: ProcessGroup, *, graphs: bool
+) -> SplitVae:
+    """This rank's band of a VAE split over `group`, run as `streaming_vae` would; ranks must call it together."""
+    from wanrt.models.vae import WanVae
+    from wanrt.parallel.bands import Band, GroupNeighbours
+    from wanrt.parallel.vae_split import SplitVae, split
+
+    assert isinstance(vae, WanVae), "topology_of refuses to split another VAE"
+    band = Band.of(*job.latent_size, group.size(), group.rank())
+    neighbours = GroupNeighbours(group)
+    fast = _repacked(vae, precision)
+    split(fast, band, neighbours)
+    log.info(
+        "VAE part %d: %d of %d latent %s", band.index, band.lengths[band.index], band.bounds[-1], band.axis
+    )
+    return SplitVae(_graphed(fast, band.size(*job.latent_size), graphs=graphs), band, neighbours)
+
+
+def _repacked(vae: WanVae, precision: Precision) -> WanVae | FastVae:
+    """On CUDA the VAE rearranged for it, elsewhere the VAE as it is."""
+    from wanrt.models.vae_fast import FastVae
+
+    if next(vae.parameters()).device.type != "cuda":
+        return vae
+    return FastVae(vae, dtype=precision.vae, encode_dtype=precision.vae)
+
+
+def _graphed(
+    vae: WanVae | FastVae, latent_size: tuple[int, int], *, graphs: bool
+) -> WanVae | FastVae | GraphedVae:
     from wanrt.models.vae_fast import FastVae
     from wanrt.models.vae_graph import GraphedVae
 
-    fast = FastVae(vae, dtype=precision.vae, encode_dtype=precision.vae)
-    return GraphedVae(fast, width=job.width, height=job.height) if graphs else fast
+    if not graphs or not isinstance(vae, FastVae):
+        return vae
+    height, width = latent_size
+    return GraphedVae(vae, width=8 * width, height=8 * height)
 
 
 def compile_blocks(transformer: WanTransformer) -> None:

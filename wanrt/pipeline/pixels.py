@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from wanrt.errors import RunError
+from wanrt.pipeline.codec import Codec
 from wanrt.pipeline.context import CHUNK_LATENTS
 from wanrt.pipeline.envelope import ChunkResult
 from wanrt.pipeline.lanes import Lanes, OneLane
@@ -15,22 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 STAGE = "stage0"
-
-
-class StreamingVae(Protocol):
-    """What stage 0 needs of a VAE; the Wan VAE and TAEHV both offer it."""
-
-    def decoder_state(self) -> Any:
-        """State of one stream's decoder."""
-        ...
-
-    def decode(self, latent: torch.Tensor, state: Any) -> torch.Tensor:
-        """`[B, 16, 1, h, w]` to pixels `[B, 3, 1 or 4, H, W]` in -1..1."""
-        ...
-
-    def encode_frame(self, pixels: torch.Tensor) -> torch.Tensor:
-        """A lone frame `[B, 3, 1, H, W]` to `[B, 16, 1, h, w]`, fresh state."""
-        ...
 
 
 class PixelStage:
@@ -46,19 +31,18 @@ class PixelStage:
 
     def __init__(
         self,
-        vae: StreamingVae,
+        codec: Codec,
         window: int | None,
         recorder: Recorder,
         check: Callable[[], None] = lambda: None,
         chunks: int | None = None,
         lanes: Lanes | None = None,
     ) -> None:
-        self._vae, self._window, self._recorder, self._check = vae, window, recorder, check
+        self._codec, self._window, self._recorder, self._check = codec, window, recorder, check
         self._chunks, self._lanes = chunks, lanes or OneLane()
-        self._state = vae.decoder_state()
         self._waiting: list[tuple[int, int, torch.Tensor]] = []  # (chunk, latent index, latent)
         self._decoded: dict[int, list[torch.Tensor]] = {}  # pixels of each chunk so far
-        self._frames: dict[int, torch.Tensor] = {}  # last pixel frames whose anchors are still to be encoded
+        self._kept: set[int] = set()  # latents whose last pixel frames are still to be encoded
         self._anchors: dict[int, torch.Tensor] = {}
 
     def take(self, result: ChunkResult, wanted: int | None = None) -> None:
@@ -77,7 +61,7 @@ class PixelStage:
         """
         self._lanes.join()
         self._decode(lambda index: index <= latent, "anchor-decode")
-        if latent in self._frames:
+        if latent in self._kept:
             self._encode(latent)
         if latent not in self._anchors:
             raise RunError(
@@ -91,7 +75,7 @@ class PixelStage:
 
     def encode_ready(self) -> None:
         """Encodes the anchors whose frames are there, ahead of their chunk's turn."""
-        for latent in sorted(self._frames):
+        for latent in sorted(self._kept):
             self._encode(latent)
 
     def pop(self, chunk: int) -> torch.Tensor:
@@ -108,18 +92,19 @@ class PixelStage:
             chunk, index, latent = self._waiting.pop(0)
             self._check()
             with torch.inference_mode(), self._recorder.span(STAGE, name, chunk, latent=index):
-                pixels = self._lanes.share(self._vae.decode(latent, self._state))
-                self._decoded[chunk].append(pixels)
-                if self._is_anchor(index):
-                    self._frames[index] = self._lanes.share(pixels[:, :, -1:].clone())
+                keep = self._is_anchor(index)
+                pixels = self._codec.decode(latent, index, keep=keep)
+                self._decoded[chunk].append(self._lanes.share(pixels))
+            if keep:
+                self._kept.add(index)
 
     def _encode(self, latent: int) -> None:
         import torch
 
         made = self._context_of(latent)[0] - 1  # the chunk whose end the anchor belongs to
         with torch.inference_mode(), self._recorder.span(STAGE, "anchor-encode", made, latent=latent):
-            anchor = self._vae.encode_frame(self._frames.pop(latent)).float()
-        self._anchors[latent] = self._lanes.share(anchor)
+            self._anchors[latent] = self._lanes.share(self._codec.encode(latent))
+        self._kept.remove(latent)
 
     def _context_of(self, latent: int) -> tuple[int, int]:
         """The chunk whose context has an anchor in this latent's place, and 0 if it is one: 3k - window."""

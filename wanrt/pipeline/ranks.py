@@ -16,18 +16,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanrt.errors import RunError, UsageError
-from wanrt.parallel.team import Loading, Member, Ready, Spans, Team
+from wanrt.errors import UsageError
+from wanrt.parallel.team import Loading, Member, Ready, Spans, Team, answering
 from wanrt.pipeline.build import Tuning, Wiring, join_stage0, make_mesh, make_recorder, mesh_settings
+from wanrt.pipeline.codec import StreamingVae, TeamCodec, VaePart
 from wanrt.pipeline.lanes import Lanes, lanes_for
 from wanrt.pipeline.mesh import Mesh
-from wanrt.pipeline.remote import STAGE0, WATCHDOG_S, Link, RankedMesh, join_group, leave_group, serve
+from wanrt.pipeline.remote import STAGE0, WATCHDOG_S, Link, RankedMesh, Roles, join_group, leave_group, serve
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
-    from wanrt.parallel.topology import Topology
+    from wanrt.parallel.topology import Rank, Topology
     from wanrt.pipeline.loop import Pipeline
     from wanrt.script import RenderJob
     from wanrt.weights.registry import ModelFiles
@@ -127,28 +128,31 @@ def _join(
     from wanrt.pipeline.models import load_stage0
 
     set_threads(device, plan.topology.devices)
-    try:
-        group = _enter(plan, device)
-    except RuntimeError as error:
-        raise team.failure(f"the ranks did not meet ({' '.join(str(error).split())[:160]})") from error
-    lanes = lanes_for(device)
+    with answering(team, "the ranks did not meet"):
+        groups = _enter(plan, device)
+    lanes = _lanes(plan, device)
     precision = choose_precision(plan.job.precision, device)
     models = load_stage0(plan.job, plan.files, device, precision, wiring.progress)
     team.check()
-    try:
-        local = None if group is None else _mesh_part(plan, group, device, wiring, lanes)
+    with answering(team, "warm-up broke off"):
+        # in every rank's order, the mesh first: capturing graphs is a joint effort
+        local = None if groups.mesh is None else _mesh_part(plan, groups.mesh, device, wiring, lanes)
+        part = None if groups.vae is None else _vae_part(plan, groups.vae, models.vae, device, lanes)
         team.wait_ready(wiring.check)
-    except RunError:
-        raise
-    except RuntimeError as error:
-        raise team.failure(f"warm-up broke off ({' '.join(str(error).split())[:160]})") from error
-    on_cuda = device.type == "cuda"
-    handle = RankedMesh(team, _link(plan, device), local, launch_on_submit=on_cuda, cleanup=cleanup)
-    return join_stage0(plan.job, models, handle, device, wiring, plan.tuning, lanes)
+    codec = None if part is None else TeamCodec(team, part, _names(plan, lambda rank: rank.vae is not None))
+    handle = RankedMesh(
+        team,
+        _link(plan, device, groups),
+        local,
+        _names(plan, lambda rank: rank.mesh is not None),
+        launch_on_submit=device.type == "cuda",
+        cleanup=cleanup,
+    )
+    return join_stage0(plan.job, models, handle, device, wiring, plan.tuning, lanes, codec)
 
 
 def work(pipe: Connection, plan: Assignment) -> None:
-    """The life of a mesh rank: load, say so, serve."""
+    """The life of a rank besides stage 0: load, say so, serve."""
     from wanrt.pipeline.devices import set_threads, wait_passively
 
     wait_passively()
@@ -158,33 +162,73 @@ def work(pipe: Connection, plan: Assignment) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     log.info("%s, %d threads", device, set_threads(device, plan.topology.devices))
-    group = _enter(plan, device)
-    assert group is not None, "every rank but stage 0 is in the mesh"
+    groups = _enter(plan, device)
     recorder = make_recorder(plan.job, device, plan.started_ns, plan.name)
 
     def progress(part: str, seconds: float | None) -> None:
         pipe.send(Loading(part, seconds))
 
-    lanes = lanes_for(device)
-    mesh = _mesh_part(plan, group, device, Wiring(recorder, progress=progress), lanes)
+    lanes = _lanes(plan, device)
+    roles = _take_roles(plan, groups, device, Wiring(recorder, progress=progress), lanes)
     pipe.send(Ready())
     with lanes.main():
-        serve(mesh, _link(plan, device), pipe, recorder, answers=_answers(plan))
+        serve(roles, _link(plan, device, groups), pipe, recorder)
 
 
-def _answers(plan: Assignment) -> bool:
-    """Whether this rank sends latents up: the mesh's first rank does, if it is not stage 0 itself."""
-    return plan.topology.pp1 and plan.rank == plan.topology.stage0_devices
+@dataclass(frozen=True)
+class Groups:
+    """The process groups this rank is in. down: stage 0 and the mesh, where there are others; None: not in it."""
+
+    mesh: ProcessGroup | None
+    vae: ProcessGroup | None
+    down: ProcessGroup | None
 
 
-def _enter(plan: Assignment, device: torch.device) -> ProcessGroup | None:
-    """Joins the world, and the mesh's group if this rank is in it. Every rank makes the same calls."""
+def _enter(plan: Assignment, device: torch.device) -> Groups:
+    """Joins the world and this rank's groups. Every rank makes the same calls."""
+    ranks = plan.topology.ranks()
+    join_group(plan.backend, plan.store, plan.rank, len(ranks), plan.watchdog_s, device)
+    mesh = _group(plan, [rank.rank for rank in ranks if rank.mesh is not None])
+    if plan.topology.vae == 1:
+        return Groups(mesh, None, None)
+    vae = _group(plan, [rank.rank for rank in ranks if rank.vae is not None])
+    return Groups(
+        mesh, vae, _group(plan, [rank.rank for rank in ranks if rank.stage0 or rank.mesh is not None])
+    )
+
+
+def _group(plan: Assignment, members: list[int]) -> ProcessGroup | None:
     import torch.distributed as dist
 
-    join_group(plan.backend, plan.store, plan.rank, plan.topology.devices, plan.watchdog_s, device)
-    members = [rank.rank for rank in plan.topology.ranks() if rank.mesh is not None]
     group = dist.new_group(members)
     return group if plan.rank in members else None
+
+
+def _names(plan: Assignment, role: Callable[[Rank], bool]) -> frozenset[str]:
+    """Names of the ranks besides stage 0 that have a role."""
+    return frozenset(rank.name for rank in plan.topology.ranks() if role(rank) and not rank.stage0)
+
+
+def _lanes(plan: Assignment, device: torch.device) -> Lanes:
+    """One lane where mesh and split VAE meet on a device: each has a process group of its own."""
+    return lanes_for(device, apart=plan.topology.pp1 or plan.topology.vae == 1)
+
+
+def _take_roles(
+    plan: Assignment, groups: Groups, device: torch.device, wiring: Wiring, lanes: Lanes
+) -> Roles:
+    """Loads what this rank takes part in, in the order of `_join`."""
+    from wanrt.pipeline.devices import choose_precision
+    from wanrt.pipeline.models import load_streaming_vae
+
+    mesh = None if groups.mesh is None else _mesh_part(plan, groups.mesh, device, wiring, lanes)
+    part = None
+    if groups.vae is not None:
+        precision = choose_precision(plan.job.precision, device)
+        vae = load_streaming_vae(plan.job, plan.files, device, precision, wiring.progress)
+        part = _vae_part(plan, groups.vae, vae, device, lanes)
+    # the mesh's first rank sends latents up, if it is not stage 0 itself
+    return Roles(mesh, part, answers=plan.topology.pp1 and plan.rank == plan.topology.stage0_devices)
 
 
 def _mesh_part(
@@ -204,5 +248,18 @@ def _mesh_part(
         return make_mesh(job, transformer, device, wiring, plan.tuning, heads)
 
 
-def _link(plan: Assignment, device: torch.device) -> Link:
-    return Link(device, mesh_settings(plan.job).shape, plan.topology.stage0_devices)
+def _vae_part(
+    plan: Assignment, group: ProcessGroup, vae: StreamingVae, device: torch.device, lanes: Lanes
+) -> VaePart:
+    from wanrt.pipeline.devices import choose_precision
+    from wanrt.pipeline.models import split_vae
+
+    precision = choose_precision(plan.job.precision, device)
+    with lanes.main():
+        band = split_vae(vae, plan.job, precision, group, graphs=plan.tuning.graphs)
+    b, c, _, h, w = mesh_settings(plan.job).shape
+    return VaePart(band, group, (b, c, 1, h, w), device, lanes)
+
+
+def _link(plan: Assignment, device: torch.device, groups: Groups) -> Link:
+    return Link(device, mesh_settings(plan.job).shape, plan.topology.stage0_devices, groups.down)

@@ -7,20 +7,21 @@ Stage 0 is rank 0; without PP1 it is also the mesh's first rank, and latents nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from wanrt.errors import RunError
-from wanrt.parallel.team import Spans, Team
+from wanrt.parallel.team import Spans, Team, answering
+from wanrt.pipeline.codec import VaePart
 from wanrt.pipeline.envelope import ChunkRequest, ChunkResult, Control
 from wanrt.pipeline.mesh import Mesh
 from wanrt.telemetry import Recorder
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
 STAGE0 = 0
 IN_PASSING_S = 0.2  # how long ranks that wait in an exchange may take to notice the end
@@ -46,11 +47,15 @@ class Header:
 
 @dataclass(frozen=True)
 class Link:
-    """The tensors' way. `shape`: of a chunk's latents; `mesh0`: global rank of the mesh's first rank."""
+    """The tensors' way. `shape`: of a chunk's latents; `mesh0`: global rank of the mesh's first rank.
+
+    group: stage 0 and the mesh; None: that is everybody.
+    """
 
     device: torch.device
     shape: tuple[int, int, int, int, int]
     mesh0: int
+    group: ProcessGroup | None = None
 
     def share_down(self, header: Header, request: ChunkRequest | None) -> ChunkRequest:
         """Broadcasts a request's tensors from stage 0, which passes it; every rank returns it whole."""
@@ -93,24 +98,28 @@ class Link:
         if tensor is None:
             tensor = torch.empty(shape, dtype=dtype or torch.float32, device=self.device)
         tensor = tensor.to(self.device).contiguous()
-        dist.broadcast(tensor, src=STAGE0)
+        dist.broadcast(tensor, src=STAGE0, group=self.group)
         return tensor
 
 
 class RankedMesh:
-    """Stage 0's `MeshHandle` on a mesh of rank processes. `local`: the mesh's part in this process, if it has one."""
+    """Stage 0's `MeshHandle` on a mesh of rank processes.
+
+    `local`: the mesh's part in this process, if it has one; `names`: of the other ranks of the mesh.
+    """
 
     def __init__(
         self,
         team: Team,
         link: Link,
         local: Mesh | None,
+        names: frozenset[str],
         *,
         launch_on_submit: bool,
         cleanup: Callable[[], None] = lambda: None,
     ) -> None:
         self._team, self._link, self._local, self._cleanup = team, link, local, cleanup
-        self._launch_on_submit = launch_on_submit
+        self._names, self._launch_on_submit = names, launch_on_submit
         self._request: ChunkRequest | None = None
         self._result: ChunkResult | None = None
         self._under_way = False  # the ranks make a chunk, or wait for this process in the middle of one
@@ -137,7 +146,7 @@ class RankedMesh:
             raise RunError("mesh: nothing is under way; submit a chunk first")
         request, self._request = self._request, None
         if self._local is None:
-            with self._answering("no latents came back"):
+            with answering(self._team, "mesh: no latents came back"):
                 latents = self._link.receive_up()
             self._under_way = False
             return ChunkResult(request.chunk, latents, torch.isfinite(latents).all())
@@ -162,38 +171,44 @@ class RankedMesh:
         header = Header.of(request)
         self._team.check()
         self._under_way = True
-        self._team.send(header)
-        with self._answering("the ranks did not take the request"):
+        self._team.send(header, self._names)
+        with answering(self._team, "mesh: the ranks did not take the request"):
             whole = self._link.share_down(header, request)
             if self._local is not None:
                 self._result = self._local.run(whole)
                 if self._launch_on_submit:
                     self._local.draw_ahead(request.chunk + 1)
 
-    @contextmanager
-    def _answering(self, what: str) -> Iterator[None]:
-        """An exchange that breaks off is a rank's failure: find out whose."""
-        try:
-            yield
-        except RunError:
-            raise
-        except RuntimeError as error:
-            if "out of memory" in str(error):
-                raise
-            raise self._team.failure(f"mesh: {what} ({' '.join(str(error).split())[:160]})") from error
+
+@dataclass(frozen=True)
+class Roles:
+    """What a rank takes part in. `answers`: it sends the mesh's latents back."""
+
+    mesh: Mesh | None
+    vae: VaePart | None
+    answers: bool
 
 
-def serve(mesh: Mesh, link: Link, pipe: Connection, recorder: Recorder, *, answers: bool) -> None:
-    """A rank's life: chunk after chunk until the pipe says None. `answers`: it sends the latents back."""
-    while (header := pipe.recv()) is not None:
-        result = mesh.run(link.share_down(header, None))
-        if answers:
-            link.send_up(result.latents)
-        mesh.draw_ahead(result.chunk + 1)
+def serve(roles: Roles, link: Link, pipe: Connection, recorder: Recorder) -> None:
+    """A rank's life: command after command, in stage 0's order, until the pipe says None."""
+    while (command := pipe.recv()) is not None:
+        if isinstance(command, Header):
+            assert roles.mesh is not None, "headers go to the mesh"
+            _make_chunk(roles.mesh, link, command, answers=roles.answers)
+        else:
+            assert roles.vae is not None, "VAE commands go to the VAE's ranks"
+            roles.vae.follow(command, recorder)
         if batch := recorder.drain():
             pipe.send(Spans(batch))
     link.settle()
     pipe.send(Spans(recorder.drain()))
+
+
+def _make_chunk(mesh: Mesh, link: Link, header: Header, *, answers: bool) -> None:
+    result = mesh.run(link.share_down(header, None))
+    if answers:
+        link.send_up(result.latents)
+    mesh.draw_ahead(result.chunk + 1)
 
 
 def join_group(

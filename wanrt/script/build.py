@@ -242,7 +242,10 @@ class _Resolver:
             return
         width, height = self._pick("size") or preset.video.sizes[0]
         shape = ModelShape(
-            preset.transformer.num_heads, preset.transformer.ffn_dim, (height // 16) * (width // 16)
+            preset.transformer.num_heads,
+            preset.transformer.ffn_dim,
+            (height // 16) * (width // 16),
+            max(height, width) // 8,
         )
         try:
             check(Topology.parse(self.flags.topology), shape)
