@@ -71,6 +71,7 @@ def test_valid_topologies_of_14b(text):
 
 
 ODD = ModelShape(40, 13824, 1564)
+SMALL = ModelShape(8, 64, 8, vae_lines=4)
 REFUSED = [
     ("pp1+tp=5", KREA, 8, "13824 % 5 = 4 (ffn_dim), expected 0", "pp1+tp=4 or pp1+ulysses=5"),
     ("tp=3", KREA, None, "40 % 3 = 1 (heads), expected 0", "tp=2"),
@@ -79,6 +80,7 @@ REFUSED = [
     ("pp1+tp=4", KREA, 4, "1 + 4 = 5 devices > 4 on this machine", "pp1+tp=2"),
     ("tp=2+vae=4", KREA, 8, "vae=4 > 2, the mesh's devices, which the VAE shares without pp1", "tp=2+vae=2"),
     ("pp1+tp=2+vae=4", KREA, 4, "4 + 2 = 6 devices > 4 on this machine", "pp1+tp=2+vae=2"),
+    ("pp1+tp=2+vae=5", SMALL, None, "vae=5 > 4, the longer side of a latent", "pp1+tp=2+vae=4"),
     ("tp=2", KREA, 1, "2 devices > 1 on this machine", "single"),
 ]
 

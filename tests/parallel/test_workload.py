@@ -10,6 +10,7 @@ from wanrt.models.transformer import WAN_1_3B, WAN_14B, WanTransformer
 from wanrt.parallel.hardware import H200, Link, mesh_ms, predict
 from wanrt.parallel.plan import ShardPlan
 from wanrt.parallel.topology import Topology
+from wanrt.parallel.vae_traffic import VaeSizes, decode_exchange, encode_exchange
 from wanrt.parallel.workload import Workload, memory, operations, traffic
 
 KREA = Workload(
@@ -95,6 +96,27 @@ def test_forwards_without_slack_are_the_floors(topology, forward):
     """Floors of a forward on H200 at 576x320, from measured parts."""
     found = mesh_ms(replace(KREA, steps=100), Topology.parse(topology), H200, Link.NVLINK, slack=1.0) / 101
     assert found == pytest.approx(forward, rel=0.1)
+
+
+def test_a_split_vae_moves_borders_and_pixels():
+    """576x320, four bands of 18 latent columns: two borders of 40 lines' length, each size up to 320."""
+    moved = traffic(KREA, Topology.parse("pp1+tp=2+vae=4"))
+    decode = decode_exchange(VaeSizes(96, 40, 72), 4, 2)
+    encode = encode_exchange(VaeSizes(96, 40, 72), 4, 2)
+    border = 16 + 5 * 384 + 6 * (384 + 384 * 2 * 2 + 192 * 4 * 4 + 96 * 4 * 8)
+    assert decode.bytes == 2 * 40 * (2 * border + 3 * 18 * 384)
+    assert moved.vae == 3 * decode.bytes + encode.bytes
+    assert moved.pixels == 12 * 3 * 4 * 576 * 320 * 3 // 4
+    assert traffic(KREA, Topology.parse("pp1+tp=2")).vae == 0
+
+
+def test_a_split_vae_is_predicted_faster_by_less_than_its_ranks():
+    alone, two, four = (
+        predict(KREA, Topology.parse(f"pp1+tp=2+vae={m}"), H200, Link.NVLINK) for m in (1, 2, 4)
+    )
+    assert 1.7 < alone.decode / two.decode < 2
+    assert 2.8 < alone.decode / four.decode < 4
+    assert 1 < alone.encode / two.encode < 2
 
 
 def test_the_vae_scales_with_the_picture():

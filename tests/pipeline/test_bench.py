@@ -117,6 +117,7 @@ def test_entries():
     assert entries_of(None, None) == (Entry(),)
     assert [entry.name[:2] for entry in entries_of(None, "seed")] == [str(run) for run in range(30, 38)]
     assert SEED_MATRIX[5].topology == "pp1+tp=5"
+    assert "tp=2+vae=2" in [entry.topology for entry in entries_of(None, "vae")]
     for bad in ("", "tp=2:latent:more", "tp=2::compile"):
         with pytest.raises(UsageError, match="matrix entry"):
             entries_of(None, bad)

@@ -22,7 +22,9 @@ def command(
     ] = None,
     matrix: Annotated[
         Text,
-        typer.Option(metavar="LIST", help='TOPOLOGY[:ANCHOR][:compile], several with commas, or "seed".'),
+        typer.Option(
+            metavar="LIST", help='TOPOLOGY[:ANCHOR][:compile], several with commas, or "seed", "vae".'
+        ),
     ] = None,
     window: Annotated[Text, typer.Option(metavar="N", help="Latent frames of context.")] = None,
     bias: Annotated[

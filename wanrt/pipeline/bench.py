@@ -215,7 +215,27 @@ def table(reports: Iterable[BenchReport | Unmeasured]) -> str:
     ]
     unmeasured = [f"not measured: {run.name}: {run.reason}" for run in found if isinstance(run, Unmeasured)]
     about = f"medians of steady chunks, ms; not included: {', '.join(NOT_INCLUDED)}"
-    return "\n".join([*lines, *unmeasured, about])
+    return "\n".join([*lines, *_split_gains(found), *unmeasured, about])
+
+
+def _split_gains(found: Iterable[BenchReport | Unmeasured]) -> list[str]:
+    """What splitting the VAE gained, wherever the same mesh was measured with and without."""
+    runs = {(r.settings["topology"], r.settings["anchor"]): r for r in found if isinstance(r, BenchReport)}
+    lines = []
+    for (topology, anchor), run in runs.items():
+        whole = runs.get((str(topology).partition("+vae=")[0], anchor))
+        if whole is None or whole is run:
+            continue
+        parts = [
+            f"{name} {before:.2f} -> {after:.2f} ms ({before / after:.2f}x)"
+            for name, before, after in (
+                ("decode", whole.costs.decode, run.costs.decode),
+                ("encode", whole.costs.encode, run.costs.encode),
+            )
+            if before and after
+        ]
+        lines.append(f"VAE split: {run.name}: {', '.join(parts)}")
+    return lines
 
 
 def _row(report: BenchReport) -> tuple[str, ...]:
@@ -282,12 +302,27 @@ SEED_MATRIX = (
 )
 
 
+# A split VAE beside the same mesh without; `table` gives the gain. Of two devices, then three, then four.
+VAE_MATRIX = tuple(
+    Entry(f"{mesh}{split}")
+    for mesh, splits in {
+        "tp=2": ("", "+vae=2"),
+        "ulysses=2": ("", "+vae=2"),
+        "pp1+tp=1": ("", "+vae=2", "+vae=3"),
+        "pp1+ulysses=2": ("", "+vae=2"),
+        "ulysses=4": ("", "+vae=2", "+vae=4"),
+    }.items()
+    for split in splits
+)
+MATRICES = {"seed": SEED_MATRIX, "vae": VAE_MATRIX}
+
+
 def entries_of(anchors: str | None, matrix: str | None) -> tuple[Entry, ...]:
     """What to run: a named matrix, a list of `TOPOLOGY[:ANCHOR][:compile]`, or the anchor policies given."""
     from wanrt.script.job import ANCHORS
 
-    if matrix == "seed":
-        return SEED_MATRIX
+    if matrix in MATRICES:
+        return MATRICES[matrix]
     if matrix is not None:
         return tuple(Entry.parse(text) for text in matrix.split(","))
     names = ANCHORS if anchors == "all" else anchors.split(",") if anchors else [None]
