@@ -39,7 +39,7 @@ def frames_of(job, models, tuning, lanes=None):
     device = torch.device("cuda", 0)
     pipeline = join(job, *models, device, Wiring(make_recorder(job, device, None)), tuning)
     if lanes is not None:
-        pipeline._lanes = pipeline._pixels._lanes = lanes
+        pipeline._lanes = pipeline._pixels._lanes = pipeline._pixels._codec._lanes = lanes
     return torch.cat([frames.pixels.cpu() for frames in pipeline.run()])
 
 

@@ -59,7 +59,7 @@ def logged(fake_pipeline, fakes):
                 return super().denoise(latents, timestep)
 
         pipeline, _, _ = fake_pipeline(vae=Vae(), denoiser=Denoiser(), launch_on_submit=True, **settings)
-        pipeline._lanes = pipeline._pixels._lanes = lanes
+        pipeline._lanes = pipeline._pixels._lanes = pipeline._pixels._codec._lanes = lanes
         list(pipeline.run())
         return lanes.log
 

@@ -193,7 +193,9 @@ def test_memory_does_not_grow(fake_pipeline):
     for _ in range(12):
         next(frames)
         stage, mesh = pipeline._pixels, pipeline._mesh._mesh
-        sizes.append((len(mesh._latents), len(stage._frames) + len(stage._anchors) + len(stage._decoded)))
+        sizes.append(
+            (len(mesh._latents), len(stage._codec._kept) + len(stage._anchors) + len(stage._decoded))
+        )
     assert sizes[-1] == sizes[-2]
     assert max(kept for kept, _ in sizes) <= 15
 

@@ -160,11 +160,8 @@ def test_policies_agree_under_a_split_vae(wide, topology):
 
 @pytest.mark.slow
 def test_a_killed_vae_rank_is_named(wide, tmp_path):
-    def kill(processes):
-        os.kill(processes[0].pid, signal.SIGKILL)  # started first: vae1
-
-    after_first_frames(kill)
-    message, _ = rendered(endless(wide, tmp_path, "pp1+tp=1+vae=2"))
+    action = lambda processes: os.kill(processes[0].pid, signal.SIGKILL)  # noqa: E731 (started first: vae1)
+    message, _ = rendered(endless(wide, tmp_path, "pp1+tp=1+vae=2"), action)
     assert "vae1 (cpu) failed: killed by signal 9" in message
 
 
