@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections import namedtuple
 from dataclasses import replace
 from fractions import Fraction
 
@@ -178,6 +179,17 @@ def test_what_cannot_be_is_refused(job, topology, words):
         topology_of(replace(job, topology=topology))
     with pytest.raises(UsageError, match=words):
         settle_topology(replace(job, topology=topology), CPU)
+
+
+def test_what_a_cpu_has_no_memory_for_is_refused_before_it_loads(job, monkeypatch):
+    memory = namedtuple("memory", "total")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory(8 * 2**30))
+    huge = replace(job, width=4096, height=4096, topology="single")
+    with pytest.raises(
+        UsageError, match=r"needs about .* GiB, its device has 8.0 GiB; take a smaller --size"
+    ):
+        settle_topology(huge, CPU)
+    assert settle_topology(replace(job, topology="single"), CPU)
 
 
 def test_auto_on_a_cpu_is_one_rank(job):

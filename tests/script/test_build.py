@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 from fractions import Fraction
 
 import pytest
@@ -324,6 +325,28 @@ def test_a_directory_is_no_file(tmp_path):
     (tmp_path / "x.toml").mkdir()
     with pytest.raises(UsageError, match="cannot be read"):
         read_script(str(tmp_path / "x.toml"))
+
+
+def test_one_word_that_can_only_be_a_path_is_no_prompt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "..", str(tmp_path)):
+        with pytest.raises(UsageError, match="Is a directory"):
+            read_script(name)
+    for name in ("demo.tml", "story.txt"):
+        with pytest.raises(UsageError, match="does not exist"):
+            read_script(name)
+    with pytest.raises(ScriptError, match="scene is missing"):
+        build_job(read_script("/dev/null"))
+    for prompt in ("sunset", "sea/sky", "wait...", "a ball in demo.tml"):
+        assert build_job(read_script(prompt)).timeline.prompts() == (prompt,)
+
+
+def test_a_pipe_is_read_as_a_file(tmp_path):
+    reading, writing = os.pipe()
+    os.write(writing, EXAMPLE.encode())
+    os.close(writing)
+    assert build_job(read_script(f"/dev/fd/{reading}")).timeline.prompts()
+    os.close(reading)
 
 
 def test_a_model_preset_is_no_prompt_file():

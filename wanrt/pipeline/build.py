@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from wanrt.models.kv_cache import KVCache
     from wanrt.models.transformer import WanTransformer
     from wanrt.parallel.topology import Topology
+    from wanrt.parallel.workload import Workload
     from wanrt.pipeline.envelope import MeshHandle
     from wanrt.pipeline.models import Progress, Stage0Models
     from wanrt.script import RenderJob
@@ -71,10 +72,13 @@ def find_files(job: RenderJob) -> ModelFiles | None:
 def settle_topology(job: RenderJob, device: torch.device) -> RenderJob:
     """The job with `auto` replaced by what it stands for here, after all that can be refused was refused.
 
-    On CUDA devices and their memory are counted; a CPU takes any number of ranks, and `auto` is one. Raises
+    On CUDA devices and their memory are counted; a CPU takes any number of ranks as far as its memory goes, and
+    `auto` is one. Raises
     `UsageError` with the failed equation, or the memory that is missing, and what would work.
     """
-    from wanrt.parallel.choose import resolve
+    import psutil
+
+    from wanrt.parallel.choose import Machine, check_memory, resolve
     from wanrt.parallel.report import find_machine
     from wanrt.parallel.workload import Workload
 
@@ -85,8 +89,22 @@ def settle_topology(job: RenderJob, device: torch.device) -> RenderJob:
     elif job.topology == "auto":
         log.info("topology single: auto on a CPU")
         job = replace(job, topology="single")
-    topology_of(job)
+    topology = topology_of(job)
+    if device.type == "cpu":
+        check_memory(topology, _on_cpu(job), Machine(1, "CPU", psutil.virtual_memory().total))
     return job
+
+
+def _on_cpu(job: RenderJob) -> Workload:
+    """What a job asks of a CPU: `auto` precision is fp32 there, and random weights come without a text encoder."""
+    from wanrt.parallel.workload import Workload
+
+    work = Workload.of(job)
+    return replace(
+        work,
+        element=4 if job.precision in ("auto", "fp32") else 2,
+        text_encoder=0 if job.random_weights else work.text_encoder,
+    )
 
 
 def topology_of(job: RenderJob) -> Topology:

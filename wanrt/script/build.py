@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -67,7 +68,8 @@ def read_script(argument: str, stdin: BinaryIO | None = None) -> Script:
         with path.open("rb") as file:
             return Script(parse(file.read(MAX_BYTES + 1), argument), path.stem)
     except FileNotFoundError:
-        if (found := _demo(path.stem)) is not None and path.parent.name in ("", "presets"):
+        by_name = path.suffix == ".toml" and path.parent.name in ("", "presets")
+        if by_name and (found := _demo(path.stem)) is not None:
             log.info("%s is not here: using the demo of that name that comes with wanrt", argument)
             return found
         raise UsageError(_no_file(argument, path)) from None
@@ -77,12 +79,24 @@ def read_script(argument: str, stdin: BinaryIO | None = None) -> Script:
 
 
 def _looks_like_file(argument: str, path: Path) -> bool:
+    """Whether `argument` names a file rather than says what to show: `story.tml` and `/dev/fd/63` do, `sunset` does not
+    unless there is such a file.
+    """
     if argument.endswith(".toml"):
         return True
+    if len(argument.split()) != 1:
+        return False
     try:
-        return path.is_file() and len(argument.split()) == 1
+        return path.is_file() or _is_path(argument, path)
     except (OSError, ValueError):  # a prompt of 10,000 characters is no file name
         return False
+
+
+def _is_path(argument: str, path: Path) -> bool:
+    """Whether one word can only be a path: with an extension, or with a slash or as `.` to something that exists."""
+    if re.fullmatch(r"[^/]*[\w-]\.[A-Za-z]\w{1,4}", argument):
+        return True
+    return ("/" in argument or argument in (".", "..")) and path.exists()
 
 
 def _no_file(argument: str, path: Path) -> str:
