@@ -24,6 +24,7 @@ class FakeConditioning:
     curve: str = "lerp"
     bias: float | None = None
     steps: tuple | None = None
+    seed: int | None = None
 
 
 class FakeTimeline:

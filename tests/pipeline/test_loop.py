@@ -215,6 +215,7 @@ def test_a_scene_brings_its_own_steps_and_bias(fake_pipeline):
         blend_from: None = None
         blend_fraction: float = 1.0
         curve: str = "lerp"
+        seed: int | None = None
         bias: float | None = None
         steps: tuple | None = None
 

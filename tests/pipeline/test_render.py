@@ -13,7 +13,7 @@ from wanrt.output import QueuedSink
 from wanrt.pipeline import build, render
 from wanrt.pipeline.cancel import Cancel, CancelledError
 from wanrt.pipeline.loop import Frames
-from wanrt.pipeline.render import metadata, one_line_errors, scene_text
+from wanrt.pipeline.run import metadata, one_line_errors, scene_text
 from wanrt.script import RenderJob, Scene, Timeline, load_preset
 
 SIZE = (48, 64, 3)

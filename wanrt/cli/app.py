@@ -55,10 +55,12 @@ class Commands(MutableMapping[str, Any]):
 
 def _load(name: str, module: str) -> Any:
     """The command that `module` defines, ready to run under `name`."""
-    defined = importlib.import_module(module).command
+    loaded = importlib.import_module(module)
+    defined = loaded.command
     if not isinstance(defined, typer.Typer):
         single = _typer()
-        single.command(name, no_args_is_help=_needs_arguments(defined))(defined)
+        parser = getattr(loaded, "Parser", None)
+        single.command(name, cls=parser, no_args_is_help=_needs_arguments(defined))(defined)
         defined = single
     built = typer.main.get_command(defined)
     built.name = name
@@ -199,7 +201,9 @@ def _wrong_use(bad: Any) -> int:
     if type(bad).__name__ == "NoArgsIsHelpError":
         print(bad.ctx.get_help(), file=sys.stderr)
         return WRONG_USE
-    message = bad.format_message().rstrip(".")
+    from wanrt.output.address import hide_keys
+
+    message = hide_keys(bad.format_message()).rstrip(".")
     if "extra argument" in message:
         message += "; a prompt of several words goes in quotes"
     command = bad.ctx.command_path if getattr(bad, "ctx", None) else "wanrt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import urlsplit
@@ -73,6 +74,11 @@ class Address:
             if secret:
                 text = text.replace(secret, "***")
         return text
+
+
+def hide_keys(text: str) -> str:
+    """`text` with nothing but scheme and host left of every live address in it: for messages of others."""
+    return re.sub(r"(?i)\b((?:rtmps?|srt|udp)://)(?:[^\s/@'\"]*@)?([^\s/:?'\"]*)[^\s'\"]*", r"\1\2", text)
 
 
 def _host_and_port(url: str, scheme: str) -> tuple[str, int]:

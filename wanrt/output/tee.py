@@ -42,6 +42,8 @@ class TeeSink(Sink):
 
         blocks: dict[PixelFormat, Pixels] = {}
         for wanted in {sink.pixel_format for sink in self.sinks}:
+            if isinstance(pixels, FrameBlock) and pixels.pixel_format is PixelFormat.RGB is not wanted:
+                pixels = pixels.numpy()
             blocks[wanted] = pixels if isinstance(pixels, FrameBlock) else to_block(pixels, self.spec, wanted)
         self._each(lambda sink: sink.write(blocks[sink.pixel_format]))
         self.frames_written += len(pixels)

@@ -116,7 +116,9 @@ def _running(snapshot: Snapshot, view: View) -> list[Section]:
         Section(11, blank),
         Section(70, _prompt(snapshot, view)),
         *_flow(_resources(snapshot, view), view, rank=50),
+        Section(65, _targets(snapshot, view)),
         Section(75, _warnings(snapshot, view)),
+        Section(95, _typed(snapshot, view)),
     ]
 
 
@@ -151,7 +153,7 @@ def _endless(snapshot: Snapshot, view: View) -> Text:
     parts = [
         Text(f"{snapshot.frames_done} frames", "bold"),
         Text(f"{words.clock_time(made)} of video"),
-        Text("until stopped", DIM),
+        Text("paused", WARN) if snapshot.paused else Text("until stopped", DIM),
     ]
     return _join(parts, view.inner)
 
@@ -255,9 +257,59 @@ def _resources(snapshot: Snapshot, view: View) -> list[Text]:
     if snapshot.encoder_lag_s is not None:
         late = WARN if snapshot.encoder_lag_s > 1 else ""
         parts.append(Text.assemble(("encoder lag ", DIM), (words.seconds(snapshot.encoder_lag_s), late)))
+    parts += _live(snapshot)
     if snapshot.memory:
         parts.append(_memory(snapshot.memory))
     return parts
+
+
+def _live(snapshot: Snapshot) -> list[Text]:
+    """What a stream adds: how soon prompts are seen, what viewers saw twice or late."""
+    if snapshot.live is None:
+        return []
+    live, parts = snapshot.live, []
+    if snapshot.prompt_to_pixel_s is not None:
+        parts.append(_fact("prompt to pixel", words.seconds(snapshot.prompt_to_pixel_s)))
+    parts.append(_fact("at hand", words.seconds(live.waiting_s)))
+    parts.append(_fact("repeated", str(live.repeated)))
+    parts.append(Text.assemble(("late ", DIM), (str(live.late), WARN if live.late else "")))
+    return parts
+
+
+TARGET_COLOURS = {"live": GOOD, "connecting": WARN, "waiting": WARN, "failed": BAD}
+
+
+def _targets(snapshot: Snapshot, view: View) -> list[Text]:
+    """A line for each live target."""
+    targets = snapshot.live.targets if snapshot.live else ()
+    name = max((cell_len(target.name) for target in targets), default=0)
+    lines = []
+    for target in targets:
+        facts = [Text(target.phase, TARGET_COLOURS.get(target.phase, DIM)), _fact("sent", str(target.sent))]
+        if target.dropped:
+            facts.append(Text.assemble(("dropped ", DIM), (str(target.dropped), WARN)))
+        if target.connections > 1:
+            facts.append(_fact("connections", str(target.connections)))
+        if target.error and target.phase != "live":
+            facts.append(Text(words.one_line(target.error), DIM))
+        label = set_cell_size(clip(target.name, view.inner // 2, view.glyphs), min(name, view.inner // 2))
+        lines.append(Text.assemble(label, GAP, _join(facts, view.inner - cell_len(label) - 2)))
+    return lines
+
+
+def _typed(snapshot: Snapshot, view: View) -> list[Text]:
+    """The input line, its end in view."""
+    if snapshot.typed is None:
+        return []
+    mark = "> "
+    if not snapshot.typed:
+        hint = clip("type a prompt and press Enter", view.inner - len(mark), view.glyphs)
+        return [Text.assemble((mark, ACCENT), (hint, DIM))]
+    text = words.visible(snapshot.typed)
+    room = view.inner - len(mark) - 1
+    while cell_len(text) > room:
+        text = text[1:]
+    return [Text.assemble((mark, ACCENT), text, (" ", "reverse"))]
 
 
 def _memory(memory: Memory) -> Text:

@@ -67,6 +67,33 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class LiveTarget:
+    """One live target: scheme and host, what it is doing, frames sent and dropped, its last failure."""
+
+    name: str
+    phase: str
+    sent: int = 0
+    dropped: int = 0
+    connections: int = 0
+    queued_s: float = 0.0
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """A live stream: frames repeated for want of new ones, frames shown late, schedules started anew, seconds of
+    video at hand, seconds that generation has waited for the stream.
+    """
+
+    repeated: int = 0
+    late: int = 0
+    stalls: int = 0
+    waiting_s: float = 0.0
+    blocked_s: float = 0.0
+    targets: tuple[LiveTarget, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The state of a run at `at_s` (seconds of a monotonic clock; None: the moment it is shown).
 
@@ -75,7 +102,9 @@ class Snapshot:
     from 1. blend_from, blend: during a transition the old prompt, and how much of the new one is in, 0..1.
     delay_s: how late blocks of other ranks or of a device become known; the bars end that long ago, so that none
     looks idle for want of news.
-    encoder_lag_s: how far the encoder is behind, in seconds of video. warnings: newest last.
+    encoder_lag_s: how far the encoder is behind, in seconds of video. warnings: newest last. live: of a stream,
+    else None. prompt_to_pixel_s: from the last prompt said to its first frame seen. typed: the input line, where
+    prompts can be typed.
     """
 
     phase: Phase = Phase.RUNNING
@@ -104,6 +133,10 @@ class Snapshot:
     encoder_lag_s: float | None = None
     warnings: tuple[str, ...] = ()
     load: tuple[LoadStep, ...] = ()
+    live: Live | None = None
+    paused: bool = False
+    prompt_to_pixel_s: float | None = None
+    typed: str | None = None
 
     @property
     def eta_s(self) -> float | None:

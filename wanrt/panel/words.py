@@ -63,7 +63,11 @@ def percent(share: float) -> str:
     return f"{99 if whole == 100 and share < 1 else whole} %"
 
 
+def visible(text: str) -> str:
+    """`text` with a space for everything that a terminal would obey."""
+    return "".join(" " if unicodedata.category(c) in {"Cc", "Cs", "Zl", "Zp"} else c for c in text)
+
+
 def one_line(text: str) -> str:
     """`text` on one line, with nothing in it that a terminal would obey."""
-    kept = "".join(" " if unicodedata.category(c) in {"Cc", "Cs", "Zl", "Zp"} else c for c in text)
-    return " ".join(kept.split())
+    return " ".join(visible(text).split())

@@ -25,7 +25,7 @@ from wanrt.output import PixelFormat, QueuedSink, Sink, VideoSpec
 from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, find_files, make_recorder, settle_topology
 from wanrt.pipeline.context import CHUNK_LATENTS, pixel_frames
 from wanrt.pipeline.encoding import RecordedSink
-from wanrt.pipeline.render import converter, one_line_errors, settings
+from wanrt.pipeline.run import converter, one_line_errors, settings
 from wanrt.telemetry import Recorder, Span
 from wanrt.telemetry.simulator import StageCosts
 

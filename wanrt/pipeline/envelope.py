@@ -20,6 +20,7 @@ class Control:
 
     steps: tuple[float, ...]  # timesteps as the model sees them, falling from 1000
     bias: float = 1.0  # b of the KV attention bias log(b), in (0, 1]; 1 is off
+    seed: int | None = None  # of the noise; None: the one that the mesh began with
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,11 @@ class LiveTimeline:
         self._count = len(file.scenes)
         self._bias: float | None = None
         self._steps: tuple[float, ...] | None = None
+        self._seed: int | None = None
+
+    def __reduce__(self) -> tuple[type[LiveTimeline], tuple[Timeline]]:
+        """In another process it begins as the file: a mesh's ranks hear of changes with each chunk."""
+        return LiveTimeline, (self._file,)
 
     @property
     def scenes(self) -> tuple[Scene, ...]:
@@ -81,10 +86,12 @@ class LiveTimeline:
             self._count += 1
             return chunk
 
-    def set(self, *, bias: float | None = None, steps: tuple[float, ...] | None = None) -> int:
-        """From now on this bias or these steps, whatever the scenes say; returns the first chunk made so.
+    def set(
+        self, *, bias: float | None = None, steps: tuple[float, ...] | None = None, seed: int | None = None
+    ) -> int:
+        """From now on this bias, these steps or this seed, whatever the file says; returns the first chunk made so.
 
-        Raises `UsageError` for a bias outside 0..1 or steps that do not fall.
+        Raises `UsageError` for a bias outside 0..1, steps that do not fall, or a seed below 0.
         """
         from wanrt.pipeline.schedule import Schedule
 
@@ -92,9 +99,12 @@ class LiveTimeline:
             raise UsageError(f"bias {bias}: expected a number above 0, at most 1")
         if steps is not None:
             Schedule.of(steps, 1.0)
+        if seed is not None and not 0 <= seed < 2**63:
+            raise UsageError(f"seed {seed}: expected 0 to 2^63-1")
         with self._lock:
             self._bias = self._bias if bias is None else bias
             self._steps = self._steps if steps is None else steps
+            self._seed = self._seed if seed is None else seed
             return self._next
 
     def follow(self, file: Timeline) -> int:
@@ -108,7 +118,7 @@ class LiveTimeline:
         base = self._file.at(chunk) if said is None else said.at(chunk)
         bias = base.bias if self._bias is None else self._bias
         steps = base.steps if self._steps is None else self._steps
-        return replace(base, bias=bias, steps=steps)
+        return replace(base, bias=bias, steps=steps, seed=self._seed)
 
 
 def mixture(now: Conditioning) -> Blend:

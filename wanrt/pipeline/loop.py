@@ -160,7 +160,7 @@ class Pipeline:
         """The control for `chunk`, or None when it is the one sent last."""
         scene, settings = self._timeline.at(chunk), self._settings
         bias = settings.bias if scene.bias is None else scene.bias
-        control = Control(settings.steps if scene.steps is None else scene.steps, bias)
+        control = Control(settings.steps if scene.steps is None else scene.steps, bias, scene.seed)
         if control == self._control:
             return None
         self._control = control

@@ -82,6 +82,7 @@ class Mesh:
         self._schedule: Schedule | None = None
         self._latents: dict[int, torch.Tensor] = {}
         self._noise: dict[tuple[int, int], torch.Tensor] = {}
+        self._seed = settings.seed
         self._next = 0
 
     def run(self, request: ChunkRequest) -> ChunkResult:
@@ -115,9 +116,16 @@ class Mesh:
         if request.control is not None:
             self._schedule = Schedule.of(request.control.steps, self._settings.shift)
             self._denoiser.set_bias(request.control.bias)
+            self._take_seed(request.control.seed)
         if request.embedding is not None:
             with self._recorder.span(STAGE, "text", request.chunk):
                 self._denoiser.set_text(request.embedding)
+
+    def _take_seed(self, seed: int | None) -> None:
+        seed = self._settings.seed if seed is None else seed
+        if seed != self._seed:
+            self._noise.clear()  # drawn ahead with the seed before
+            self._seed = seed
 
     def _context_pass(self, request: ChunkRequest) -> None:
         import torch
@@ -163,7 +171,7 @@ class Mesh:
         self._latents = {index: latent for index, latent in self._latents.items() if index in keep}
 
     def _fresh(self, chunk: int, step: int) -> torch.Tensor:
-        drawn = noise(self._settings.seed, chunk, step, self._settings.shape)
+        drawn = noise(self._seed, chunk, step, self._settings.shape)
         return drawn.pin_memory() if self._denoiser.device.type == "cuda" else drawn
 
     def _take_noise(self, chunk: int, step: int) -> torch.Tensor:

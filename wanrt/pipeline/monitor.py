@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from wanrt.panel import LoadStep, Observer, Phase, Queue, Snapshot, delay, memory_now, stage_rows
+from wanrt.panel import LoadStep, Observer, Phase, Snapshot, delay, memory_now, stage_rows
 from wanrt.telemetry import Recorder
 
 if TYPE_CHECKING:
-    from wanrt.output import QueuedSink
     from wanrt.pipeline.loop import Frames
     from wanrt.script import RenderJob
 
@@ -27,7 +27,7 @@ class Monitor:
         self._job, self._observer = job, observer
         self._started_ns = time.perf_counter_ns() if started_ns is None else started_ns
         self._recorder: Recorder | None = None
-        self._sink: QueuedSink | None = None
+        self._numbers: Callable[[Snapshot], Snapshot] = lambda snapshot: snapshot
         self._steps: dict[str, LoadStep] = {}
         self._began_s: dict[str, float] = {}
         self._chunk: int | None = None
@@ -55,9 +55,9 @@ class Monitor:
         self._began_s.setdefault(part, self._elapsed_s())
         self._steps = {**self._steps, part: LoadStep(part, state, seconds=seconds)}  # type: ignore[arg-type]
 
-    def watch(self, recorder: Recorder, sink: QueuedSink) -> None:
-        """Loading is over; numbers come from these two from now on."""
-        self._recorder, self._sink = recorder, sink
+    def watch(self, recorder: Recorder, numbers: Callable[[Snapshot], Snapshot]) -> None:
+        """Loading is over: `recorder` knows how it goes from now on, and `numbers` adds what the outputs know."""
+        self._recorder, self._numbers = recorder, numbers
         self._phase = Phase.RUNNING
 
     def delivered(self, frames: Frames) -> None:
@@ -84,9 +84,9 @@ class Monitor:
             load=tuple(self._ticking(step) for step in self._steps.values()),
             warnings=job.notes,
         )
-        if self._recorder is None or self._sink is None:
+        if self._recorder is None:
             return base
-        return self._with_scene(self._with_numbers(base, self._recorder, self._sink))
+        return self._numbers(self._with_scene(self._with_stages(base, self._recorder)))
 
     def _elapsed_s(self) -> float:
         return (time.perf_counter_ns() - self._started_ns) / 1e9
@@ -97,8 +97,8 @@ class Monitor:
             return step
         return replace(step, seconds=self._elapsed_s() - self._began_s[step.name])
 
-    def _with_numbers(self, base: Snapshot, recorder: Recorder, sink: QueuedSink) -> Snapshot:
-        stats, queue = recorder.stats(), sink.state
+    def _with_stages(self, base: Snapshot, recorder: Recorder) -> Snapshot:
+        stats = recorder.stats()
         return replace(
             base,
             elapsed_s=stats.wall_s,
@@ -110,8 +110,6 @@ class Monitor:
             period_s=stats.period.p50_ms / 1e3 if stats.period.p50_ms else None,
             stages=stage_rows(recorder, stats),
             delay_s=delay(recorder, stats),
-            queues=(Queue("encoder", queue.depth, queue.capacity),),
-            encoder_lag_s=queue.depth / float(self._job.fps),
         )
 
     def _with_scene(self, base: Snapshot) -> Snapshot:
@@ -121,7 +119,7 @@ class Monitor:
         return replace(
             base,
             scene=now.scene + 1,
-            scenes=len(timeline.scenes),
+            scenes=max(now.scene + 1, len(timeline.scenes)),
             prompt=now.text,
             blend_from=before,
             blend=now.blend_fraction if before else None,

@@ -51,6 +51,11 @@ class Conditioning(Protocol):
         """The scene's own timesteps; None for the job's."""
         ...
 
+    @property
+    def seed(self) -> int | None:
+        """Another seed than the job's, or None."""
+        ...
+
 
 class Timeline(Protocol):
     """Says what each chunk is conditioned on; pure."""

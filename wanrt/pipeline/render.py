@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from wanrt.errors import OutputError, RunError, UsageError, WanrtError
-from wanrt.pipeline.cancel import Cancel, CancelledError
+from wanrt.errors import UsageError
+from wanrt.pipeline.cancel import Cancel
+from wanrt.pipeline.run import LIBRARY, Run, metadata
 from wanrt.pipeline.signals import ending_on_signals
 
 if TYPE_CHECKING:
-    import torch
-
-    from wanrt.output import PixelFormat, QueuedSink, VideoSpec
-    from wanrt.panel import Observer, Summary
-    from wanrt.pipeline.loop import Pipeline
+    from wanrt.output import QueuedSink, Sink
+    from wanrt.panel import Observer, Snapshot, Summary
     from wanrt.pipeline.monitor import Monitor
     from wanrt.script import RenderJob
     from wanrt.telemetry import Recorder
-
-log = logging.getLogger("wanrt.pipeline")
-
-LIBRARY = "PyTorch"  # the first thing that is loaded, and on most machines the slowest
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,7 @@ def render(
     cancel = cancel or Cancel()
     monitor = Monitor(job, observer, started_ns)
     with ending_on_signals(cancel):
-        run = _Run(job, cancel, monitor, started_ns)
+        run = _Render(job, cancel, monitor, started_ns)
         try:
             run.check()
             monitor.load(LIBRARY, None)  # before the first snapshot, which would be empty without it
@@ -69,96 +60,28 @@ def render(
     return run.result()
 
 
-class _Run:
+class _Render(Run):
     """One render from its checks to its finished file."""
 
     def __init__(self, job: RenderJob, cancel: Cancel, monitor: Monitor, started_ns: int | None) -> None:
-        self._job, self._cancel, self._monitor, self._started_ns = job, cancel, monitor, started_ns
-        self._recorder: Recorder | None = None
+        super().__init__(job, cancel, monitor, started_ns)
         self._output: Path | None = None
-        self._stopped = ""
-        self._error: WanrtError | None = None
 
-    def check(self) -> None:
-        """Everything that can be refused within milliseconds: nothing heavy is imported for it."""
+    def _check_outputs(self) -> set[Path]:
         from wanrt.output import check_target
-        from wanrt.telemetry.files import check_measurement
 
         job = self._job
         if job.output is None:
             raise UsageError("no output file; name one with -o FILE.mp4")
         check_target(job.output, job.force, job.codec)
-        others = {job.output.absolute()}
-        for path in (job.stats, job.trace):
-            if path is not None:
-                check_measurement(path, others)
-                others.add(path.absolute())
-
-    def go(self) -> None:
-        """Loads, makes, finishes, writes the measurements."""
-        try:
-            with one_line_errors():
-                self._settle()
-                self._make()
-        except CancelledError as ended:
-            self._stopped = str(ended)
-            self._error = ended
-        except WanrtError as failed:
-            self._stopped = str(failed)
-            self._error = failed
-        self._write_measurements()
-        if self._error is not None:
-            raise self._error
-
-    def _settle(self) -> None:
-        """Files, device and topology; what can be refused without loading a model is refused here."""
-        from wanrt.pipeline.devices import choose_device, wait_passively
-        from wanrt.pipeline.models import timed
-
-        with self._cancel.raising_at_once(), timed(self._monitor.load, LIBRARY):
-            wait_passively()
-            from wanrt.pipeline.build import find_files, settle_topology
-
-            self._files = find_files(self._job)
-            self._device = choose_device(self._job.device)
-        self._job = settle_topology(self._job, self._device)
-
-    def _make(self) -> None:
-        from wanrt.pipeline.build import Wiring, build_pipeline, make_recorder
-        from wanrt.pipeline.devices import set_threads
-
-        job, device = self._job, self._device
-        log.info("device %s, %d threads", device, set_threads(device))
-        self._recorder = recorder = make_recorder(job, device, self._started_ns)
-        sink = self._open_sink(recorder)
-        pipeline: Pipeline | None = None
-        try:
-            convert = converter(sink.spec, sink.pixel_format, device)
-            wiring = Wiring(recorder, self._cancel.check, self._monitor.load, convert)
-            pipeline = build_pipeline(job, self._files, device, wiring)
-            self._monitor.watch(recorder, sink)
-            self._pump(pipeline, sink)
-        finally:
-            self._monitor.finishing()
-            try:
-                self._finish(sink)  # first: ranks that hang must not keep the file from being whole
-            finally:
-                if pipeline is not None:
-                    pipeline.close()
-
-    def _pump(self, pipeline: Pipeline, sink: QueuedSink) -> None:
-        """Frames from the pipeline to the sink, to the last."""
-        for frames in pipeline.run():
-            sink.write(frames.pixels)
-            sink.flush_chunk()
-            self._monitor.delivered(frames)
+        return {job.output.absolute()}
 
     def _open_sink(self, recorder: Recorder) -> QueuedSink:
+        job = self._job
+        assert job.output is not None
         from wanrt.output import QueuedSink, VideoSpec, open_sink
         from wanrt.pipeline.encoding import RecordedSink
 
-        job = self._job
-        assert job.output is not None
         sink = open_sink(
             job.output,
             VideoSpec(job.width, job.height, job.fps),
@@ -169,26 +92,24 @@ class _Run:
         )
         return QueuedSink(RecordedSink(sink, recorder))
 
-    def _finish(self, sink: QueuedSink) -> None:
+    def _numbers(self, snapshot: Snapshot, sink: Sink) -> Snapshot:
+        from wanrt.output import QueuedSink
+        from wanrt.panel import Queue
+
+        assert isinstance(sink, QueuedSink)
+        queue = sink.state
+        return replace(
+            snapshot,
+            queues=(Queue("encoder", queue.depth, queue.capacity),),
+            encoder_lag_s=queue.depth / float(self._job.fps),
+        )
+
+    def _finish(self, sink: Sink) -> None:
         """Completes the file with the whole chunks that were made; without any, leaves nothing behind."""
         if sink.frames_written:
             self._output = sink.finish()
         else:
             sink.abort()
-
-    def _write_measurements(self) -> None:
-        if self._recorder is None:
-            return
-        for path, write in (
-            (self._job.stats, self._recorder.write_stats),
-            (self._job.trace, self._recorder.write_trace),
-        ):
-            if path is None:
-                continue
-            try:
-                write(path, settings(self._job))
-            except OutputError as failed:
-                self._error = self._error or failed
 
     def summary(self) -> Summary | None:
         """How it ended, for the observer; None when there is no video to speak of."""
@@ -222,83 +143,3 @@ class _Run:
             stats.fps_mean,
             stats.time_to_first_frame_s,
         )
-
-
-def converter(
-    spec: VideoSpec, pixel_format: PixelFormat, device: torch.device
-) -> Callable[[torch.Tensor], Any]:
-    """What turns pixels into what a sink takes: on CUDA its own format, on its way to the host; else RGB."""
-    from wanrt.output.frames import to_block
-    from wanrt.pipeline.loop import to_rgb8
-
-    if device.type != "cuda":
-        return to_rgb8
-    return lambda pixels: to_block(pixels[0].permute(1, 2, 3, 0), spec, pixel_format)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Out of memory, and anything unforeseen, as a `RunError` of one line; wanrt's own errors pass."""
-    try:
-        yield
-    except WanrtError:
-        raise
-    except Exception as error:
-        log.debug("the run failed", exc_info=error)
-        raise RunError(_describe(error)) from error
-
-
-def _describe(error: Exception) -> str:
-    name = type(error).__name__
-    words = " ".join(str(error).split())
-    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in words:
-        return f"out of memory ({words[:160]}); choose a smaller --size or --window, or another --device"
-    return f"unexpected {name}: {words[:300]} (--debug shows where)"
-
-
-def settings(job: RenderJob) -> Mapping[str, object]:
-    """What a run was made with, for stats and trace."""
-    names = (
-        "seed",
-        "width",
-        "height",
-        "frames",
-        "steps",
-        "window",
-        "bias",
-        "anchor",
-        "topology",
-        "precision",
-    )
-    chosen = {name: getattr(job, name) for name in names}
-    return {
-        "preset": job.preset.name,
-        **chosen,
-        "fps": str(job.fps),
-        "device": job.device,
-        "random_weights": job.random_weights,
-    }
-
-
-def metadata(job: RenderJob) -> Mapping[str, object]:
-    """What a file says about its making."""
-    from wanrt import __version__
-
-    about: dict[str, object] = {
-        "prompt": " | ".join(scene_text(scene.prompts) for scene in job.timeline.scenes),
-        "seed": job.seed,
-        "preset": job.preset.name,
-        "wanrt": __version__,
-    }
-    if job.title:
-        about["title"] = job.title
-    if job.random_weights:
-        about["weights"] = "random: the picture means nothing"
-    return about
-
-
-def scene_text(prompts: tuple[tuple[str, float], ...]) -> str:
-    """A scene's prompts in one line, with their weights where there are several."""
-    if len(prompts) == 1:
-        return prompts[0][0]
-    return " + ".join(f"{weight:g} {text}" for text, weight in prompts)

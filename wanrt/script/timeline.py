@@ -57,7 +57,7 @@ class Conditioning:
 
     The embedding is `prompts` when `blend_from` is None; else it lies `blend_fraction` (0..1, exclusive) of
     the way from `blend_from` to `prompts`, along `curve`. `bias`, `steps`: the scene's own, or None for the
-    job's.
+    job's. `seed`: another one than the job's, from this chunk on.
     """
 
     prompts: Blend
@@ -67,6 +67,7 @@ class Conditioning:
     scene: int = 0
     bias: float | None = None
     steps: tuple[float, ...] | None = None
+    seed: int | None = None
 
     @property
     def text(self) -> str:

@@ -184,7 +184,9 @@ class DeliveryAggregate:
         self.late = 0
 
     def prompt(self, chunk: int, at_ns: int) -> None:
-        """A prompt arrived at `at_ns`; `chunk` is the first to be made with it."""
+        """A prompt arrived at `at_ns`; `chunk` is the first to be made with it. The first one for a chunk counts."""
+        if self._prompts and self._prompts[-1][0] >= chunk:
+            return
         self._prompts.append((chunk, at_ns))
 
     def deliver(self, chunk: int, count: int, at_ns: int) -> None:
