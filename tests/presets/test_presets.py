@@ -44,7 +44,10 @@ def test_vae_configs(name):
 @pytest.mark.parametrize("name", demo_names())
 def test_demos(name):
     job = build_job(read_script(name))
-    assert job.notes == ()  # no warnings from what we ship
+    smaller = (
+        "wan-tiny was made for 224x128; 160x96 may look worse",
+    )  # for two processor cores, and says so
+    assert job.notes == (smaller if name == "demo-live" else ())  # no other warnings from what we ship
     assert job.title
 
 
