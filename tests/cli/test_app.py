@@ -133,6 +133,18 @@ def test_a_closed_pipe_is_no_error():
     assert ran.returncode in (0, 1, 141)
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_closed_stream_is_like_the_null_device(closed):
+    command = f"exec {sys.executable} -m wanrt render - -o x.mp4 {closed}"
+    done = subprocess.run(
+        ["sh", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "internal" not in done.stderr
+    assert ("scene is missing" in done.stderr) == (closed != "2>&-")
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shell_completion(shell):
     ran = wanrt(env={"_WANRT_COMPLETE": f"source_{shell}"})

@@ -222,3 +222,13 @@ def test_loading_is_told_once_a_step_and_a_scene_once(loading, running, clock):
 
 def test_memory_counts_this_process():
     assert memory_now().rss > 10_000_000
+
+
+def test_a_prompt_of_ten_thousand_characters_takes_a_short_line(running, clock):
+    stream = io.StringIO()
+    observer = PlainLines(stream, clock=clock)
+    observer.update(running(prompt="ball " * 2000))
+    (line,) = (line for line in stream.getvalue().splitlines() if line.startswith("scene"))
+    assert line.startswith("scene 2: ball ball")
+    assert len(line) < 220
+    assert line.endswith("...")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 import pkgutil
 import sys
 from collections.abc import Iterator, MutableMapping, Sequence
@@ -150,9 +151,21 @@ def run(arguments: Sequence[str] | None = None, started_ns: int | None = None) -
 
     `started_ns` (`time.perf_counter_ns`), when the process began, reaches commands as their context's `obj`.
     """
+    _open_closed_streams()
     logging.basicConfig(format="wanrt: %(message)s", level=logging.WARNING)
     log.setLevel(logging.WARNING)
     sys.exit(_run(arguments, started_ns))
+
+
+def _open_closed_streams() -> None:
+    """Gives a process that was started without stdin, stdout or stderr (`>&-`) the null device in their place.
+
+    Python has None for them then; and the next file opened, a video perhaps, would get their number and what
+    libraries print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 (open to the end of the process)
 
 
 def _run(arguments: Sequence[str] | None, started_ns: int | None) -> int:

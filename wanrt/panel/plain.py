@@ -13,6 +13,7 @@ from wanrt.panel.bars import ASCII, Glyphs
 from wanrt.panel.snapshot import Phase, Snapshot, Summary
 
 JSON_SCHEMA = 1
+PROMPT_CHARACTERS = 200  # of a prompt in a plain line; the file's metadata has it whole
 
 
 def summary_lines(summary: Summary, glyphs: Glyphs = ASCII) -> list[str]:
@@ -98,7 +99,9 @@ class PlainLines:
         """The prompt of a scene, once, when it begins."""
         if snapshot.scene is not None and snapshot.scene != self._scene and snapshot.prompt:
             self._scene = snapshot.scene
-            self.log(f"scene {snapshot.scene}: {words.one_line(snapshot.prompt)}")
+            self.log(
+                f"scene {snapshot.scene}: {words.clipped(words.one_line(snapshot.prompt), PROMPT_CHARACTERS)}"
+            )
 
     def log(self, line: str, level: int = logging.INFO) -> None:
         """Write `line` now."""

@@ -71,3 +71,8 @@ def visible(text: str) -> str:
 def one_line(text: str) -> str:
     """`text` on one line, with nothing in it that a terminal would obey."""
     return " ".join(visible(text).split())
+
+
+def clipped(text: str, length: int) -> str:
+    """`text` in at most `length` characters, with three dots where it was cut."""
+    return text if len(text) <= length else text[: length - 3].rstrip() + "..."

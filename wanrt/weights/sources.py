@@ -263,7 +263,8 @@ def _open_pickle(path: Path, entries: Sequence[str], *, mapped: bool) -> TensorS
 def _refusal(path: Path, error: Exception) -> str:
     """One line about a pickle that wants more than tensors."""
     wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"Unsupported global: (\S+)", str(error))
-    what = f"it would run {wanted[1]}" if wanted else one_line(error).split(". ")[-1]
+    # without the name, torch's message is advice to load the file unchecked
+    what = f"it would run {wanted[1]}" if wanted else "its format is older than checked loading"
     return f"{path}: refused, this pickle holds more than tensors ({what}); expected a plain state dict"
 
 
