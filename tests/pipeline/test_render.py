@@ -10,11 +10,14 @@ import torch
 
 from wanrt.errors import OutputError, RunError, UsageError
 from wanrt.output import QueuedSink
+from wanrt.panel import Phase
 from wanrt.pipeline import build, render
 from wanrt.pipeline.cancel import Cancel, CancelledError
 from wanrt.pipeline.loop import Frames
+from wanrt.pipeline.monitor import Monitor
 from wanrt.pipeline.run import metadata, one_line_errors, scene_text
 from wanrt.script import RenderJob, Scene, Timeline, load_preset
+from wanrt.telemetry import Recorder
 
 SIZE = (48, 64, 3)
 
@@ -143,6 +146,16 @@ def test_cancelled(run, job, signum, code):
         run(FakePipeline(2, end), cancel=cancel)
     assert caught.value.exit_code == code
     assert frames_in(job.output) == 21
+
+
+def test_a_run_that_was_asked_to_end_says_so_before_it_does(job):
+    cancel = Cancel()
+    monitor = Monitor(job, Watcher(), ending=lambda: cancel.asked)
+    assert monitor.snapshot().phase is Phase.LOADING
+    monitor.watch(Recorder(), lambda snapshot: snapshot)
+    assert monitor.snapshot().phase is Phase.RUNNING
+    cancel.ask()
+    assert monitor.snapshot().phase is Phase.FINISHING
 
 
 def test_a_sink_that_fails_is_an_output_error(run, job, monkeypatch):

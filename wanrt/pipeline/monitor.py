@@ -22,8 +22,17 @@ MEMORY_EVERY = 4  # snapshots between two looks at /proc
 class Monitor:
     """Snapshots of one run. The run calls `load`, `watch` and `delivered`; the thread does the rest."""
 
-    def __init__(self, job: RenderJob, observer: Observer, started_ns: int | None = None) -> None:
-        """`started_ns` (`time.perf_counter_ns`): when the command began; default now."""
+    def __init__(
+        self,
+        job: RenderJob,
+        observer: Observer,
+        started_ns: int | None = None,
+        ending: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`started_ns` (`time.perf_counter_ns`): when the command began; default now. `ending`: whether the run was
+        asked to end, which it may take seconds to do: until then its user sees that it was heard.
+        """
+        self._ending = ending
         self._job, self._observer = job, observer
         self._started_ns = time.perf_counter_ns() if started_ns is None else started_ns
         self._recorder: Recorder | None = None
@@ -73,7 +82,7 @@ class Monitor:
         job = self._job
         subtitle = f"{job.preset.name} {job.width}x{job.height} seed {job.seed}"
         base = Snapshot(
-            phase=self._phase,
+            phase=Phase.FINISHING if self._phase is Phase.RUNNING and self._ending() else self._phase,
             elapsed_s=self._elapsed_s(),
             title=job.title,
             subtitle=subtitle,

@@ -46,7 +46,7 @@ def render(
     from wanrt.pipeline.monitor import Monitor
 
     cancel = cancel or Cancel()
-    monitor = Monitor(job, observer, started_ns)
+    monitor = Monitor(job, observer, started_ns, lambda: cancel.asked)
     with ending_on_signals(cancel):
         run = _Render(job, cancel, monitor, started_ns)
         try:
