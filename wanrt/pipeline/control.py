@@ -66,8 +66,8 @@ def name_for(stem: str) -> str:
 def runs(directory: Path | None = None) -> list[str]:
     """Names of the runs that answer, sorted."""
     place = runtime_directory() if directory is None else directory
-    found = sorted(place.glob(f"*{ENDING}")) if place.is_dir() else []
-    return [path.name.removesuffix(ENDING) for path in found if _alive(path)]
+    found = place.glob(f"*{ENDING}") if place.is_dir() else ()
+    return sorted(path.name.removesuffix(ENDING) for path in found if _alive(path))
 
 
 def find_run(name: str | None, directory: Path | None = None) -> Path:

@@ -127,7 +127,8 @@ class Session:
                 self._latencies.append(self._clock() - self._said.popleft()[1] + queued)
 
     def proceed(self, check: Callable[[], None], poll_s: float = 0.1) -> bool:
-        """Waits while paused; False when the stream should end. `check` is called meanwhile and may raise."""
+        """Waits while paused; False at the end. `check` is called first and meanwhile; it may raise."""
+        check()
         while not self._going.wait(poll_s):
             check()
         return not self._stop.is_set()
