@@ -16,7 +16,7 @@ import torch
 
 from wanrt.errors import UsageError
 from wanrt.pipeline import build
-from wanrt.pipeline.cancel import CancelledError
+from wanrt.pipeline.cancel import CancelledError, StoppedError
 from wanrt.pipeline.control import ask, find_run, runs
 from wanrt.pipeline.live import LiveTimeline
 from wanrt.pipeline.loop import Frames
@@ -376,3 +376,24 @@ def test_an_address_is_no_prompt():
     with pytest.raises(UsageError, match="got an address where the prompt belongs") as refused:
         plan_stream(URL, {})
     assert KEY not in str(refused.value)
+
+
+def test_a_stop_while_it_loads(monkeypatch, job, tmp_path):
+    def load(job, files, device, wiring):
+        ask(find_run(None), "stop")
+        wiring.check()
+
+    monkeypatch.setattr(build, "build_pipeline", load)
+    with pytest.raises(StoppedError) as stopped:
+        stream(job, StreamPlan(targets=(f"{tmp_path}/a.mp4",)), Watcher())
+    assert stopped.value.exit_code == 0
+    assert not list(tmp_path.iterdir())
+    assert runs() == []
+
+
+def test_without_a_runtime_directory(monkeypatch, recwarn):
+    from wanrt.pipeline.control import runtime_directory
+
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert runtime_directory().name == f"wanrt-{os.getuid()}"
+    assert not recwarn.list

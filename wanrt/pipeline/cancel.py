@@ -21,6 +21,12 @@ class CancelledError(WanrtError):
         self.exit_code = 128 + signum
 
 
+class StoppedError(WanrtError):
+    """The run was told to stop before it had made anything: no failure, exit code 0."""
+
+    exit_code = 0
+
+
 class Cancel:
     """Asked from anywhere (a signal handler, another thread), obeyed at the next `check`."""
 

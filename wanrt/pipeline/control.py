@@ -22,6 +22,7 @@ import re
 import socket
 import stat
 import struct
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -43,10 +44,12 @@ Handler = Callable[[str, Mapping[str, Any]], Answer]
 
 
 def runtime_directory() -> Path:
-    """Where the sockets of this user's runs are; may not exist yet."""
-    from platformdirs import user_runtime_dir
+    """Where the sockets of this user's runs are: below XDG_RUNTIME_DIR, else a temporary one. May not exist."""
+    if "XDG_RUNTIME_DIR" in os.environ:
+        from platformdirs import user_runtime_dir
 
-    return Path(user_runtime_dir("wanrt", appauthor=False))
+        return Path(user_runtime_dir("wanrt", appauthor=False))
+    return Path(tempfile.gettempdir()) / f"wanrt-{os.getuid()}"
 
 
 def check_name(name: str) -> str:
@@ -66,7 +69,7 @@ def name_for(stem: str) -> str:
 def runs(directory: Path | None = None) -> list[str]:
     """Names of the runs that answer, sorted."""
     place = runtime_directory() if directory is None else directory
-    found = place.glob(f"*{ENDING}") if place.is_dir() else ()
+    found = place.glob(f"*{ENDING}") if place.is_dir() and place.stat().st_uid == os.getuid() else ()
     return sorted(path.name.removesuffix(ENDING) for path in found if _alive(path))
 
 

@@ -79,6 +79,7 @@ class Run(ABC):
         from wanrt.pipeline.build import Wiring, build_pipeline, make_recorder
         from wanrt.pipeline.devices import set_threads
 
+        self._check()
         job, device = self._job, self._device
         log.info("device %s, %d threads", device, set_threads(device))
         self._recorder = recorder = make_recorder(job, device, self._started_ns)
@@ -86,7 +87,7 @@ class Run(ABC):
         pipeline: Pipeline | None = None
         try:
             convert = converter(sink.spec, sink.pixel_format, device)
-            wiring = Wiring(recorder, self._cancel.check, self._monitor.load, convert)
+            wiring = Wiring(recorder, self._check, self._monitor.load, convert)
             pipeline = build_pipeline(job, self._files, device, wiring)
             self._monitor.watch(recorder, lambda snapshot: self._numbers(snapshot, sink))
             self._pump(pipeline, sink)
@@ -122,6 +123,10 @@ class Run(ABC):
     @abstractmethod
     def _numbers(self, snapshot: Snapshot, sink: Sink) -> Snapshot:
         """The snapshot with what the outputs know."""
+
+    def _check(self) -> None:
+        """Raises to end the run; called between passes and between two files."""
+        self._cancel.check()
 
     def _delivered(self, frames: Frames) -> bool:
         """A chunk went to the outputs; whether to go on."""

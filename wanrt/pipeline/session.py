@@ -134,6 +134,11 @@ class Session:
         return not self._stop.is_set()
 
     @property
+    def stopping(self) -> bool:
+        """Whether `stop` was asked for."""
+        return self._stop.is_set()
+
+    @property
     def paused(self) -> bool:
         """Whether `pause` holds."""
         return not self._going.is_set()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanrt.errors import UsageError
-from wanrt.pipeline.cancel import Cancel
+from wanrt.pipeline.cancel import Cancel, StoppedError
 from wanrt.pipeline.run import LIBRARY, Run, metadata
 from wanrt.pipeline.signals import ending_on_signals
 
@@ -119,6 +119,7 @@ class _Stream(Run):
         self._live: LiveSink | None = None
         self._name = plan.name
         self._outputs: tuple[str, ...] = ()
+        self._begun = False
 
     def _check_outputs(self) -> set[Path]:
         from wanrt.output import check_target
@@ -182,7 +183,13 @@ class _Stream(Run):
         self._session.watch(recorder)
         return RecordedSink(tee, recorder)
 
+    def _check(self) -> None:
+        super()._check()
+        if self._session.stopping and not self._begun:
+            raise StoppedError("stopped before the first chunk")
+
     def _delivered(self, frames: Frames) -> bool:
+        self._begun = True
         ahead = 0.0 if self._live is None else self._live.state.waiting - frames.count / float(self._job.fps)
         self._session.delivered(frames.chunk, max(0.0, ahead))
         return self._session.proceed(self._cancel.check)
