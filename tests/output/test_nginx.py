@@ -162,7 +162,7 @@ def test_absent_restarted_and_the_recording_is_whole(nginx, tmp_path, generator,
     assert "127.0.0.1: live again (connection 3)" in caplog.text
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_soak(nginx, tmp_path, generator, decode, eventually):
     """Ten minutes, five restarts of the server with up to ten seconds of absence each."""

@@ -84,7 +84,7 @@ def stream(
     cancel, timeline = cancel or Cancel(), LiveTimeline(job.timeline)
     session = Session(job, timeline)
     live = replace(job, timeline=timeline, output=None)  # type: ignore[arg-type]
-    monitor = Monitor(live, observer, started_ns)
+    monitor = Monitor(live, observer, started_ns, lambda: cancel.asked)
     run = _Stream(live, plan, session, observer, cancel, monitor, started_ns)
     with ending_on_signals(cancel):
         try:
