@@ -1,6 +1,9 @@
 """What every test needs before anything is imported."""
 
 import os
+import signal
+import sys
+from pathlib import Path
 
 import torch
 from hypothesis import settings
@@ -12,6 +15,13 @@ settings.load_profile("wanrt")
 if not torch.cuda.is_available():
     # read when triton is first imported: kernels then run, slowly, on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# Rank processes import the test functions that they run by name; last, so that the installed package is tested.
+sys.path.append(str(Path(__file__).parents[1]))
+
+# Where tests run under nohup, the programs they start would rightly ignore SIGHUP.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):

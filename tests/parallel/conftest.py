@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
+import time
 import traceback
 
 import pytest
@@ -20,6 +22,19 @@ def rank_main(rank, size, work, results, body, arguments):
         dist.destroy_process_group()
     except Exception:
         results.put((rank, None, traceback.format_exc()))
+
+
+def collect(results, processes, limit_s=280):
+    """One result of each rank; fails at once when a rank is gone without one."""
+    found, deadline = [], time.monotonic() + limit_s
+    while len(found) < len(processes):
+        try:
+            found.append(results.get(timeout=1))
+        except queue.Empty:
+            gone = [p.exitcode for p in processes if p.exitcode]
+            assert not gone, f"ranks ended without a result, exit codes {gone}"
+            assert time.monotonic() < deadline, f"{len(found)} of {len(processes)} ranks answered"
+    return found
 
 
 @pytest.fixture
@@ -43,7 +58,7 @@ def on_ranks(tmp_path):
         ]
         for process in processes:
             process.start()
-        found = [results.get(timeout=280) for _ in range(size)]
+        found = collect(results, processes)
         for process in processes:
             process.join(20)
         for rank, _, error in found:
