@@ -1,10 +1,12 @@
 """What every test needs before anything is imported."""
 
+import logging
 import os
 import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -24,10 +26,17 @@ sys.path.append(str(Path(__file__).parents[1]))
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.fixture(autouse=True)
+def log_level():
+    """What a test that runs the whole command in this process sets must not silence what the next one listens to."""
+    logger = logging.getLogger("wanrt")
+    before = logger.level
+    yield
+    logger.setLevel(before)
+
+
 def pytest_collection_modifyitems(items):
     """Skip what needs devices that are not there."""
-    import pytest
-
     for marker, devices in (("gpu", 1), ("multigpu", 2)):
         missing = pytest.mark.skip(
             reason=f"needs {devices} CUDA device(s), found {torch.cuda.device_count()}"

@@ -37,19 +37,30 @@ def wanrt(*arguments, stdin=None, env=None):
     )
 
 
+def processor_seconds(script):
+    """What running `script` costs: (processor seconds, the least of three runs; its last line on stderr)."""
+
+    def once():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
+        return spent, ran.stderr.splitlines()[-1:]
+
+    return min(once() for _ in range(3))
+
+
 def test_help_is_quick_and_imports_nothing_heavy():
     script = (
         "import sys, json\nfrom wanrt.cli.app import run\ntry: run(['--help'])\nexcept SystemExit as e: code = e.code\n"
         "print(json.dumps([code, sorted({name.split('.')[0] for name in sys.modules})]), file=sys.stderr)"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    code, modules = json.loads(ran.stderr.splitlines()[-1])
+    spent, (line,) = processor_seconds(script)
+    code, modules = json.loads(line)
     assert code == 0
     assert not set(HEAVY) & set(modules)
-    # Twice the usual 0.1 s may pass on a busy machine; importing torch alone takes longer than this.
-    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 0.3
+    torch_alone, _ = processor_seconds("import torch")
+    assert spent < torch_alone / 3
 
 
 @pytest.mark.parametrize("name", sorted(app.Commands()))
