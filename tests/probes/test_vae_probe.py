@@ -151,6 +151,11 @@ def test_cost_counts_all_arithmetic_once(subject: Subject) -> None:
         assert sum(row.milliseconds for row in groups.values()) == pytest.approx(
             sum(layer.milliseconds for layer in run.layers)
         )
+        pixels = 4 * 3 * run.frames * 24 * 32 / 1e6  # fp32, RGB
+        assert run.live_megabytes == max(row.live_megabytes for row in groups.values())
+        if run.name != "encode one frame":
+            assert run.live_megabytes > pixels
+    assert runs["steady latent, T=1"].live_megabytes < runs["whole clip, T=3"].live_megabytes
 
 
 def test_groups_by_place() -> None:

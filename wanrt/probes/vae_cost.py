@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from wanrt.probes.live_memory import LiveMemory
 from wanrt.probes.vae_partial import synchronise
 from wanrt.probes.vae_subject import Subject
 
+QUICK = 1.0  # seconds: what takes longer varies little from run to run, and people wait for it
 GROUPS = ("residual", "temporal", "spatial", "attention", "norm", "head", "entry", "glue")
 
 
@@ -26,7 +28,8 @@ class LayerCost:
     group: str
     milliseconds: float
     gflop: float
-    megabytes: float  # input, output and weights, each once
+    megabytes: float  # moved: input, output and weights, each once
+    live_megabytes: float  # of tensors made during the run, the most held at once while the layer ran
 
     def floor(self, roof: Roofline) -> float:
         """Milliseconds that the device's measured arithmetic and bandwidth allow."""
@@ -42,10 +45,14 @@ class RunCost:
     frames: int
     milliseconds: float  # without the hooks
     layers: tuple[LayerCost, ...]  # with them
-    peak_megabytes: float | None  # of allocations during the run; CUDA only
+
+    @property
+    def live_megabytes(self) -> float:
+        """Of tensors made during the run, the most held at once."""
+        return max(row.live_megabytes for row in self.layers)
 
     def by_group(self) -> dict[str, LayerCost]:
-        """Sums per group, largest first."""
+        """Sums per group (of memory the most), largest first."""
         sums = {}
         for group in GROUPS:
             rows = [row for row in self.layers if row.group == group]
@@ -53,7 +60,10 @@ class RunCost:
                 sums[group] = LayerCost(
                     f"{len(rows)} layers",
                     group,
-                    *(sum(getattr(r, k) for r in rows) for k in ("milliseconds", "gflop", "megabytes")),
+                    milliseconds=sum(row.milliseconds for row in rows),
+                    gflop=sum(row.gflop for row in rows),
+                    megabytes=sum(row.megabytes for row in rows),
+                    live_megabytes=max(row.live_megabytes for row in rows),
                 )
         return dict(sorted(sums.items(), key=lambda item: -item[1].milliseconds))
 
@@ -124,28 +134,55 @@ def group_of(path: str, module: nn.Module) -> str:
 
 
 @dataclass
-class _Meter:
-    """Times and counts every layer while the module runs."""
+class _Row:
+    """What is known of a layer, summed over its calls."""
+
+    seconds: float = 0.0
+    flops: int = 0
+    bytes: int = 0
+    live: int = 0  # the most of any call
+
+
+@dataclass
+class _Clock:
+    """Times every layer while the module runs."""
 
     device: torch.device
-    counter: FlopCounterMode | None
-    rows: dict[str, list[float]]
-    started: list[tuple[float, int]]
+    rows: dict[str, _Row]
+    started: float = 0.0
 
     def before(self, *_: Any) -> None:
         synchronise(self.device)
-        flops = self.counter.get_total_flops() if self.counter else 0
-        self.started.append((time.perf_counter(), flops))
+        self.started = time.perf_counter()
 
     def after(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         synchronise(self.device)
-        start, flops = self.started.pop()
-        row = self.rows.setdefault(path, [0.0, 0.0, 0.0])
-        if self.counter is None:
-            row[0] += time.perf_counter() - start
-        else:
-            row[1] += self.counter.get_total_flops() - flops
-            row[2] += _bytes(inputs, output, module)
+        self.rows.setdefault(path, _Row()).seconds += time.perf_counter() - self.started
+
+
+@dataclass
+class _Counter:
+    """Counts every layer's arithmetic, bytes and memory while the module runs."""
+
+    flops: FlopCounterMode
+    memory: LiveMemory
+    rows: dict[str, _Row]
+    started: int = 0
+    live_between: int = 0  # the most held while no layer ran
+
+    def before(self, *_: Any) -> None:
+        self.started = self.flops.get_total_flops()
+        self.end()
+
+    def end(self) -> None:
+        """The way to here was between layers."""
+        self.live_between = max(self.live_between, self.memory.restart())
+
+    def after(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        row = self.rows.setdefault(path, _Row())
+        row.flops += self.flops.get_total_flops() - self.started
+        row.bytes += _bytes(inputs, output, module)
+        row.live = max(row.live, self.memory.restart())
 
 
 def _bytes(inputs: tuple[Any, ...], output: Any, module: nn.Module) -> int:
@@ -154,7 +191,7 @@ def _bytes(inputs: tuple[Any, ...], output: Any, module: nn.Module) -> int:
 
 
 @contextmanager
-def _metered(subject: Subject, meter: _Meter) -> Iterator[None]:
+def _metered(subject: Subject, meter: _Clock | _Counter) -> Iterator[None]:
     handles = []
     for path, module in subject.module.named_modules():
         if next(module.children(), None) is None:
@@ -169,33 +206,45 @@ def _metered(subject: Subject, meter: _Meter) -> Iterator[None]:
 
 
 def measure_run(subject: Subject, name: str, latents: int, run: Callable[[], Tensor]) -> RunCost:
-    """Time `run` plainly, then once more with every layer timed, then once with arithmetic counted."""
+    """Count arithmetic, bytes and memory of `run`, which also warms it up; time it plainly, then every layer.
+
+    A run of less than `QUICK` seconds is timed plainly twice, and the better time taken.
+    """
     device = subject.device
-    frames = run().shape[2]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    plain = min(_seconds(run, device) for _ in range(2))
-    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-    rows: dict[str, list[float]] = {}
-    with _metered(subject, _Meter(device, None, rows, [])):
+    rows: dict[str, _Row] = {}
+    counter = _Counter(FlopCounterMode(display=False), LiveMemory(*subject.module.parameters()), rows)
+    with counter.flops, counter.memory, _metered(subject, counter):
+        frames = run().shape[2]
+        counter.end()
+    plain = _seconds(run, device)
+    if plain < QUICK:
+        plain = min(plain, _seconds(run, device))
+    with _metered(subject, _Clock(device, rows)):
         total = _seconds(run, device)
-    counter = FlopCounterMode(display=False)
-    with counter, _metered(subject, _Meter(device, counter, rows, [])):
-        run()
-    return RunCost(name, latents, frames, plain * 1e3, _layers(subject, rows, total, counter), peak)
+    return RunCost(name, latents, frames, plain * 1e3, _layers(subject, rows, total, counter))
 
 
 def _layers(
-    subject: Subject, rows: dict[str, list[float]], total: float, counter: FlopCounterMode
+    subject: Subject, rows: dict[str, _Row], total: float, counter: _Counter
 ) -> tuple[LayerCost, ...]:
     modules = dict(subject.module.named_modules())
     layers = [
-        LayerCost(path, group_of(path, modules[path]), row[0] * 1e3, row[1] / 1e9, row[2] / 1e6)
+        LayerCost(
+            path,
+            group_of(path, modules[path]),
+            row.seconds * 1e3,
+            row.flops / 1e9,
+            row.bytes / 1e6,
+            row.live / 1e6,
+        )
         for path, row in rows.items()
     ]
-    rest = (total - sum(row[0] for row in rows.values())) * 1e3
-    gflop = (counter.get_total_flops() - sum(row[1] for row in rows.values())) / 1e9
-    return (*layers, LayerCost("between layers", "glue", max(rest, 0.0), max(gflop, 0.0), 0.0))
+    rest = (total - sum(row.seconds for row in rows.values())) * 1e3
+    gflop = (counter.flops.get_total_flops() - sum(row.flops for row in rows.values())) / 1e9
+    between = LayerCost(
+        "between layers", "glue", max(rest, 0.0), max(gflop, 0.0), 0.0, counter.live_between / 1e6
+    )
+    return (*layers, between)
 
 
 @torch.no_grad()

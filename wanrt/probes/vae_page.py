@@ -10,7 +10,7 @@ from wanrt.probes.vae_anchor import Anchor
 from wanrt.probes.vae_cost import GROUPS, Cost
 from wanrt.probes.vae_partial import Causality, SingleLatent, Verdict, Workaround
 from wanrt.probes.vae_probe import TITLES, Causalities, Finding, ProbeReport, Reaches
-from wanrt.probes.vae_report import number, steady
+from wanrt.probes.vae_report import COST_COLUMNS, cost_cells, number, slowest, steady
 
 PALETTE = ("#2f6fdb", "#d9822b", "#2c9c6a", "#b0487b", "#7a5cc0", "#4b8f9e", "#8a6d3b", "#8b95a3")
 
@@ -261,15 +261,9 @@ def _cost(data: Cost) -> str:
 
 def _layers(data: Cost) -> str:
     run = steady(data)
-    rows = []
-    for row in sorted(run.layers, key=lambda row: -row.milliseconds)[:16]:
-        floor = row.floor(data.roofline)
-        share = "-" if row.group == "glue" else f"{100 * floor / max(row.milliseconds, 1e-9):.0f} %"
-        cells = (f"{row.milliseconds:.2f}", f"{row.gflop:.3f}", f"{row.megabytes:.1f}", f"{floor:.2f}")
-        rows.append([row.layer, row.group, *cells, share])
+    rows = [[row.layer, row.group, *cost_cells(row, row.floor(data.roofline))] for row in slowest(run, 16)]
     roof = f"measured roofline: {data.roofline.gflops:,.0f} GFLOP/s, {data.roofline.gigabytes:.0f} GB/s"
-    header = ["slowest layers", "group", "ms", "GFLOP", "MB", "floor ms", "of floor"]
-    return table(header, rows) + _p(f"{run.name}; {roof}", dim=True)
+    return table(["slowest layers", "group", *COST_COLUMNS], rows) + _p(f"{run.name}; {roof}", dim=True)
 
 
 def _anchor(data: Anchor) -> str:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from wanrt.errors import UsageError
 from wanrt.probes.vae_anchor import Anchor
-from wanrt.probes.vae_cost import Cost, RunCost
+from wanrt.probes.vae_cost import Cost, LayerCost, RunCost
 from wanrt.probes.vae_partial import SingleLatent, StepResult, Verdict, Workaround
 from wanrt.probes.vae_probe import TITLES, Causalities, Finding, ProbeReport, Reaches
 
@@ -149,7 +149,7 @@ def _cost(data: Cost) -> Iterator[RenderableType]:
         f"{data.size[0]}x{data.size[1]}, {data.dtype}: weights {data.weight_megabytes:.1f} MiB{state}; "
         f"roofline {data.roofline.gflops:,.0f} GFLOP/s, {data.roofline.gigabytes:.0f} GB/s"
     )
-    table = _table(title, "run", "frames", "ms", "ms/latent", "GFLOP", "floor ms", "peak MiB")
+    table = _table(title, "run", "frames", "ms", "ms/latent", "GFLOP", "floor ms", "live MB")
     for run in data.runs:
         gflop = sum(row.gflop for row in run.layers)
         floor = sum(row.floor(data.roofline) for row in run.layers)
@@ -158,10 +158,12 @@ def _cost(data: Cost) -> Iterator[RenderableType]:
             f"{run.milliseconds / run.latents:.1f}",
             f"{gflop:.2f}",
             f"{floor:.1f}",
+            f"{run.live_megabytes:.1f}",
         )
-        table.add_row(run.name, str(run.frames), *cells, number(run.peak_megabytes))
+        table.add_row(run.name, str(run.frames), *cells)
     yield table
     yield _groups(data)
+    yield _group_costs(data, steady(data))
     yield _top_layers(data, steady(data))
 
 
@@ -183,26 +185,45 @@ def _groups(data: Cost) -> Table:
     return table
 
 
-def _top_layers(data: Cost, run: RunCost) -> Table:
-    table = _table(
-        f"Slowest layers of: {run.name}", "layer", "group", "ms", "GFLOP", "MB", "floor ms", "of floor"
+COST_COLUMNS = ("ms", "GFLOP", "MB", "live MB", "floor ms", "of floor")
+
+
+def cost_cells(row: LayerCost, floor: float) -> tuple[str, ...]:
+    """A layer or a group under `COST_COLUMNS`; `floor` in milliseconds."""
+    reached = "-" if row.group == "glue" else f"{100 * floor / max(row.milliseconds, 1e-9):.0f} %"
+    return (
+        f"{row.milliseconds:.2f}",
+        f"{row.gflop:.3f}",
+        f"{row.megabytes:.1f}",
+        f"{row.live_megabytes:.1f}",
+        f"{floor:.2f}",
+        reached,
     )
-    for row in sorted(run.layers, key=lambda row: -row.milliseconds)[:12]:
-        floor = row.floor(data.roofline)
-        reached = "-" if row.group == "glue" else f"{100 * floor / max(row.milliseconds, 1e-9):.0f} %"
-        cells = (
-            f"{row.milliseconds:.2f}",
-            f"{row.gflop:.3f}",
-            f"{row.megabytes:.1f}",
-            f"{floor:.2f}",
-            reached,
-        )
-        table.add_row(row.layer, row.group, *cells)
+
+
+def slowest(run: RunCost, count: int) -> list[LayerCost]:
+    """The layers that take longest, longest first."""
+    return sorted(run.layers, key=lambda row: -row.milliseconds)[:count]
+
+
+def _group_costs(data: Cost, run: RunCost) -> Table:
+    table = _table(f"Groups of: {run.name}", "group", "layers", *COST_COLUMNS)
+    for name, row in run.by_group().items():
+        members = [layer for layer in run.layers if layer.group == name]
+        floor = sum(layer.floor(data.roofline) for layer in members)
+        table.add_row(name, "-" if name == "glue" else str(len(members)), *cost_cells(row, floor))
+    return table
+
+
+def _top_layers(data: Cost, run: RunCost) -> Table:
+    table = _table(f"Slowest layers of: {run.name}", "layer", "group", *COST_COLUMNS)
+    for row in slowest(run, 12):
+        table.add_row(row.layer, row.group, *cost_cells(row, row.floor(data.roofline)))
     return table
 
 
 def _anchor(data: Anchor) -> Table:
-    table = _table("Encode and decode, again and again", "trips", "latent rms", "PSNR dB")
+    table = _table("Repeated round trips", "trips", "latent rms", "PSNR dB")
     for trip in data.trips:
         if trip.count in (1, 2, 3, 5, 10, 15, 20):
             table.add_row(str(trip.count), number(trip.latent_rms), f"{trip.psnr:.1f}")
