@@ -22,17 +22,17 @@ class EagerForward:
 
     replays = 0
 
-    def __init__(self, model, cache, plan, latents, text, bias, pool):
-        self.latents, self.times = latents.clone(), torch.zeros(1, plan.frames)
-        self.run = lambda: model.run(self.latents, self.times, text, cache, plan, bias)
+    def __init__(self, model, cache, plan, latents, time, text, bias, pool):
+        self.latents, self.time = latents.clone(), time
+        self.run = lambda: model.run(self.latents, time, text, cache, plan, bias)
         self.graph = self
         self.pool = lambda: None
         self.run()
 
-    def __call__(self, latents, times):
+    def __call__(self, latents, time):
         EagerForward.replays += 1
         self.latents.copy_(latents)
-        self.times.copy_(times)
+        self.time.copy_(time)
         return self.run()
 
 

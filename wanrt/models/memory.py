@@ -7,7 +7,7 @@ H heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,11 @@ from wanrt_kernels.adaln import add_norm
 from wanrt_kernels.rope_norm import rope_norm
 
 
+def in_passing(projections: Sequence[Tensor], eps: float) -> tuple[None, ...]:
+    """No 1/rms beforehand: `rope_norm` sees whole tokens and finds it in passing."""
+    return (None,) * len(projections)
+
+
 @dataclass(frozen=True)
 class Elementwise:
     """What runs between matrix products. Replace one to shard or to measure; see the kernels for the contracts.
@@ -28,10 +33,13 @@ class Elementwise:
     Attributes:
         add_norm: finish a residual and normalise, as `wanrt_kernels.adaln.add_norm`.
         rope_norm: RMSNorm over all heads and rotary positions, as `wanrt_kernels.rope_norm.rope_norm`.
+        inverse_rms: 1/rms `[B, T, 1]` of several projections `[B, T, C]` at once, for `rope_norm`, where their
+            channels are spread over ranks; None where `rope_norm` finds it itself.
     """
 
     add_norm: Callable[..., tuple[Tensor, Tensor]]
     rope_norm: Callable[..., Tensor]
+    inverse_rms: Callable[[Sequence[Tensor], float], Sequence[Tensor | None]] = in_passing
 
 
 LOCAL = Elementwise(add_norm, rope_norm)  # whole tokens on this device
@@ -76,10 +84,16 @@ def turn(
     norms: QKNorm,
     rope: RopeTable | None,
     out: Tensor | None = None,
+    inverse_rms: Tensor | None = None,
 ) -> Tensor:
-    """Norm and rotary positions of a projection `[B, T, C]`, as heads `[B, T, H, D]`."""
+    """Norm and rotary positions of a projection `[B, T, C]`, as heads `[B, T, H, D]`.
+
+    `inverse_rms`: from `Elementwise.inverse_rms`, if it was asked.
+    """
     cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
-    return ops.rope_norm(x, weight, cos, sin, head_dim=norms.head_dim, eps=norms.eps, out=out)
+    return ops.rope_norm(
+        x, weight, cos, sin, head_dim=norms.head_dim, eps=norms.eps, out=out, inverse_rms=inverse_rms
+    )
 
 
 @dataclass(frozen=True)
@@ -96,28 +110,32 @@ class CachedMemory:
 
     def attend(self, norms: QKNorm, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write the pass's keys and values, attend to all that the plan names, then commit if asked to."""
-        self._write(norms, k, v)
+        q_rms, k_rms = self.ops.inverse_rms((q, k), norms.eps)
+        self._write(norms, k, v, k_rms)
         lo, hi = self.cache.span(self.plan)
-        q = turn(self.ops, q, norms.query, norms, self.rope)
+        q = turn(self.ops, q, norms.query, norms, self.rope, inverse_rms=q_rms)
         out = attend(q, self.layer.key[:, lo:hi], self.layer.value[:, lo:hi], self.bias, backend=self.backend)
-        self._commit(norms, k, v)
+        self._commit(norms, k, v, k_rms)
         return out
 
     def remember(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
         """Write, and commit if asked to, without attending."""
-        self._write(norms, k, v)
-        self._commit(norms, k, v)
+        (k_rms,) = self.ops.inverse_rms((k,), norms.eps)
+        self._write(norms, k, v, k_rms)
+        self._commit(norms, k, v, k_rms)
 
-    def _write(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
+    def _write(self, norms: QKNorm, k: Tensor, v: Tensor, k_rms: Tensor | None) -> None:
         values = v.unflatten(-1, (-1, norms.head_dim))
         for tokens, slots in self.cache.slots(self.plan):
             rope = RopeTable(self.rope.cos[tokens], self.rope.sin[tokens], self.rope.tokens_per_frame)
-            turn(self.ops, k[:, tokens], norms.key, norms, rope, out=self.layer.key[:, slots])
+            rms = None if k_rms is None else k_rms[:, tokens].contiguous()
+            key = self.layer.key[:, slots]
+            turn(self.ops, k[:, tokens], norms.key, norms, rope, out=key, inverse_rms=rms)
             self.layer.value[:, slots].copy_(values[:, tokens])
 
-    def _commit(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
+    def _commit(self, norms: QKNorm, k: Tensor, v: Tensor, k_rms: Tensor | None) -> None:
         if self.plan.pass_ is Pass.COMMIT:
-            raw = turn(self.ops, k, norms.key, norms, None)
+            raw = turn(self.ops, k, norms.key, norms, None, inverse_rms=k_rms)
             self.cache.commit(self.layer, self.plan, raw, v.unflatten(-1, (-1, norms.head_dim)))
 
 

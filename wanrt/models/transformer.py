@@ -35,6 +35,7 @@ __all__ = [
     "KVCache",
     "Pass",
     "TextKV",
+    "TimeEmbedding",
     "TransformerConfig",
     "WanTransformer",
 ]
@@ -97,6 +98,28 @@ class TextKV:
         with torch.no_grad():
             for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
                 mine.copy_(theirs)
+        return self
+
+
+@dataclass(frozen=True)
+class TimeEmbedding:
+    """All that a pass needs of its timesteps: shifts, scales and gates of every layer, modulation included.
+
+    F is 1 where all latent frames have the same timestep.
+
+    Attributes:
+        layers: `[L, B, F, 6, C]` fp32: shift, scale and gate of self-attention, then of the feed-forward.
+        head: `[B, F, 2, C]` fp32: shift and scale.
+    """
+
+    layers: Tensor
+    head: Tensor
+
+    def copy_(self, other: TimeEmbedding) -> TimeEmbedding:
+        """Overwrite in place, so that captured graphs see other timesteps at the old addresses."""
+        with torch.no_grad():
+            self.layers.copy_(other.layers)
+            self.head.copy_(other.head)
         return self
 
 
@@ -187,17 +210,17 @@ class Block(nn.Module):
         nn.init.normal_(self.modulation, std=dim**-0.5)
 
     def forward(
-        self, residual: Residual, time: Tensor, text_key: Tensor, text_value: Tensor, memory: Memory
+        self, residual: Residual, modulation: Tensor, text_key: Tensor, text_value: Tensor, memory: Memory
     ) -> Residual:
         """One layer. Every residual is added where the next norm reads it, the last one by the next layer.
 
         Args:
             residual: tokens, with the previous layer's update pending.
-            time: `[B, F, 6, C]` fp32, the projected time embedding of each frame.
+            modulation: `[B, F, 6, C]` fp32, this layer's share of a `TimeEmbedding`.
             text_key, text_value: `[B, text_len, H, D]`.
             memory: what self-attention attends to.
         """
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self._modulation(time)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
         x, y = self._modulated(memory.ops, residual, scale, shift)
         residual = Residual(x, self.self_attn(y, memory), gate)
         x, y = self._norm3(memory.ops, residual)
@@ -205,13 +228,10 @@ class Block(nn.Module):
         x, y = self._modulated(memory.ops, residual, ffn_scale, ffn_shift)
         return Residual(x, self.ffn(y), ffn_gate)
 
-    def remember(self, residual: Residual, time: Tensor, memory: Memory) -> None:
+    def remember(self, residual: Residual, modulation: Tensor, memory: Memory) -> None:
         """Only this layer's keys and values: all that a pass without output needs of the last layer."""
-        shift, scale, *_ = self._modulation(time)
+        shift, scale, *_ = modulation.unbind(2)
         self.self_attn.remember(self._modulated(memory.ops, residual, scale, shift)[1], memory)
-
-    def _modulation(self, time: Tensor) -> tuple[Tensor, ...]:
-        return (self.modulation.float() + time).unbind(2)
 
     def _modulated(
         self, ops: Elementwise, r: Residual, scale: Tensor, shift: Tensor
@@ -245,9 +265,9 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
         nn.init.normal_(self.modulation, std=config.dim**-0.5)
 
-    def forward(self, r: Residual, time: Tensor, ops: Elementwise) -> Tensor:
-        """Tokens and the time embedding `[B, F, C]` to fp32 patches `[B, T, rows * columns * channels]`."""
-        shift, scale = (self.modulation.float() + time.unsqueeze(2)).unbind(2)
+    def forward(self, r: Residual, modulation: Tensor, ops: Elementwise) -> Tensor:
+        """Tokens and `[B, F, 2, C]` of a `TimeEmbedding` to fp32 patches `[B, T, rows * columns * channels]`."""
+        shift, scale = modulation.unbind(2)
         fp32 = torch.float32
         _, x = ops.add_norm(r.x, r.update, r.gate, scale, shift, eps=self.eps, normed_dtype=fp32)
         return linear_fp32(self.head, x)
@@ -319,6 +339,21 @@ class WanTransformer(nn.Module):
         pairs = [block.cross_attn.embed(text, self.elementwise) for block in self._blocks()]
         return TextKV(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
+    def embed_time(self, timesteps: Tensor) -> TimeEmbedding:
+        """What `run` needs of timesteps `[B, F]` in 0..1000; differentiable.
+
+        It depends on nothing else: a stream that comes back to the same few timesteps can keep it. At 14B it reads
+        and converts a matrix of 157 million numbers.
+        """
+        time = linear_fp32(self.time_embedding[0], sinusoid(timesteps, self.config.freq_dim))
+        time = linear_fp32(self.time_embedding[2], F.silu(time))
+        projected = linear_fp32(self.time_projection[1], F.silu(time)).unflatten(-1, (6, -1))
+        modulation = torch.stack([block.modulation.float() for block in self._blocks()])
+        return TimeEmbedding(
+            modulation[:, None] + projected, self.head.modulation.float() + time.unsqueeze(2)
+        )
+
+    @torch.no_grad()
     def forward(
         self,
         latents: Tensor,
@@ -329,7 +364,7 @@ class WanTransformer(nn.Module):
         pass_: Pass,
         bias: Tensor | None = None,
     ) -> Tensor | None:
-        """One pass: `cache.begin`, `run`, `cache.finish`.
+        """One pass: `embed_time`, `cache.begin`, `run`, `cache.finish`.
 
         Args:
             latents: `[B, in_channels, F, h, w]`, h and w even; noisy for DENOISE, clean otherwise.
@@ -350,7 +385,7 @@ class WanTransformer(nn.Module):
         """
         self.check(latents, timesteps, cache, pass_, bias)
         plan = cache.begin(pass_, latents.shape[2])
-        velocity = self.run(latents, timesteps, text, cache, plan, bias)
+        velocity = self.run(latents, self.embed_time(timesteps), text, cache, plan, bias)
         cache.finish(plan)
         return velocity
 
@@ -358,7 +393,7 @@ class WanTransformer(nn.Module):
     def run(
         self,
         latents: Tensor,
-        timesteps: Tensor,
+        time: TimeEmbedding,
         text: TextKV,
         cache: KVCache,
         plan: PassPlan,
@@ -375,17 +410,18 @@ class WanTransformer(nn.Module):
         memories = [
             CachedMemory(cache, layer, plan, rope, key_bias, self.attention, ops) for layer in cache.layers
         ]
-        time, projected = self._embed_time(timesteps)
         residual = Residual(self._patchify(latents))
-        *blocks, last = zip(self._blocks(), text.keys, text.values, memories, strict=True)
-        for block, key, value, memory in blocks:
-            residual = block(residual, projected, key, value, memory)
-        block, key, value, memory = last
+        *layers, last = zip(
+            self._blocks(), time.layers.unbind(), text.keys, text.values, memories, strict=True
+        )
+        for block, modulation, key, value, memory in layers:
+            residual = block(residual, modulation, key, value, memory)
+        block, modulation, key, value, memory = last
         if plan.pass_ is not Pass.DENOISE:
-            block.remember(residual, projected, memory)
+            block.remember(residual, modulation, memory)
             return None
-        residual = block(residual, projected, key, value, memory)
-        return self._unpatchify(self.head(residual, time, ops), latents)
+        residual = block(residual, modulation, key, value, memory)
+        return self._unpatchify(self.head(residual, time.head, ops), latents)
 
     def forward_train(
         self,
@@ -422,11 +458,13 @@ class WanTransformer(nn.Module):
             self.elementwise,
             AttentionBackend.SDPA,
         )
-        time, projected = self._embed_time(t)
+        time = self.embed_time(t)
         residual = Residual(self._patchify(frames))
-        for block, key, value in zip(self._blocks(), text.keys, text.values, strict=True):
-            residual = block(residual, projected, key, value, memory)
-        patches = self.head(residual, time, memory.ops)[:, memory.context_tokens :]
+        for block, modulation, key, value in zip(
+            self._blocks(), time.layers.unbind(), text.keys, text.values, strict=True
+        ):
+            residual = block(residual, modulation, key, value, memory)
+        patches = self.head(residual, time.head, memory.ops)[:, memory.context_tokens :]
         return self._unpatchify(patches, latents)
 
     @property
@@ -470,12 +508,6 @@ class WanTransformer(nn.Module):
                 f"transformer: got a bias of shape {tuple(bias.shape)} in a {pass_} pass, "
                 f"expected None or a 0-dim tensor in a denoise or commit pass"
             )
-
-    def _embed_time(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, F]` to the time embedding `[B, F, C]` and its projection `[B, F, 6, C]`, fp32."""
-        time = linear_fp32(self.time_embedding[0], sinusoid(timesteps, self.config.freq_dim))
-        time = linear_fp32(self.time_embedding[2], F.silu(time))
-        return time, linear_fp32(self.time_projection[1], F.silu(time)).unflatten(-1, (6, -1))
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """`[B, channels, F, h, w]` to tokens `[B, T, C]`; kernel is stride: a convolution is a product."""

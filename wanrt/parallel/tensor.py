@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -17,7 +18,8 @@ from wanrt_kernels.rope_norm import rope_norm
 class RowParallelLinear(nn.Module):
     """A linear layer whose inputs are spread over the group: `[..., in / N]` to the whole `[..., out]`.
 
-    The bias is whole on every rank and added once, after the sum.
+    Every rank has the whole bias, and the first adds it, inside its product: the sum contains it once, and nobody
+    makes another pass over the result.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, group: ProcessGroup) -> None:
@@ -27,9 +29,9 @@ class RowParallelLinear(nn.Module):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        """Partial product, all-reduce, bias."""
-        whole = sum_over(F.linear(x, self.weight), self.group)
-        return whole if self.bias is None else whole + self.bias
+        """Partial product, all-reduce."""
+        bias = self.bias if self.group.rank() == 0 else None
+        return sum_over(F.linear(x, self.weight, bias), self.group)
 
 
 def spread_rope_norm(
@@ -41,23 +43,32 @@ def spread_rope_norm(
     head_dim: int,
     eps: float,
     out: Tensor | None = None,
+    inverse_rms: Tensor | None = None,
     group: ProcessGroup,
 ) -> Tensor:
-    """`wanrt_kernels.rope_norm.rope_norm` of `[B, T, C / N]`, the heads of this rank.
+    """`wanrt_kernels.rope_norm.rope_norm` of `[B, T, C / N]`, the heads of this rank."""
+    if weight is not None and inverse_rms is None:
+        (inverse_rms,) = spread_inverse_rms((x,), eps, group=group)
+    return rope_norm(x, weight, cos, sin, head_dim=head_dim, eps=eps, out=out, inverse_rms=inverse_rms)
 
-    Wan normalises q and k over the full width, not head by head, so a rank needs the others' squares: an
-    all-reduce of one number a token.
+
+def spread_inverse_rms(
+    projections: Sequence[Tensor], eps: float, *, group: ProcessGroup
+) -> tuple[Tensor, ...]:
+    """1 / rms over the heads of all ranks, fp32 `[B, T, 1]`, of projections `[B, T, C / N]` of one shape.
+
+    Wan normalises q and k over the full width, not head by head, so a rank needs the others' squares: one
+    all-reduce of a number a token and projection.
     """
-    known = None if weight is None else inverse_rms(x, eps, group)
-    return rope_norm(x, weight, cos, sin, head_dim=head_dim, eps=eps, out=out, inverse_rms=known)
-
-
-def inverse_rms(x: Tensor, eps: float, group: ProcessGroup) -> Tensor:
-    """1 / rms over the heads of all ranks, fp32 `[B, T, 1]`."""
-    squares = sum_over(x.float().square().sum(-1, keepdim=True), group)
-    return torch.rsqrt(squares / (x.shape[-1] * group.size()) + eps)
+    squares = torch.stack([x.float().square().sum(-1, keepdim=True) for x in projections])
+    width = projections[0].shape[-1] * group.size()
+    return torch.rsqrt(sum_over(squares, group) / width + eps).unbind()
 
 
 def spread_elementwise(whole: Elementwise, group: ProcessGroup) -> Elementwise:
     """The elementwise work of a model whose heads are spread over `group`; residuals are whole everywhere."""
-    return Elementwise(whole.add_norm, partial(spread_rope_norm, group=group))
+    return Elementwise(
+        whole.add_norm,
+        partial(spread_rope_norm, group=group),
+        partial(spread_inverse_rms, group=group),
+    )

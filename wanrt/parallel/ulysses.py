@@ -20,7 +20,7 @@ from wanrt.models.attention import AttentionBackend, attend
 from wanrt.models.kv_cache import KVCache, Pass, PassPlan
 from wanrt.models.memory import CachedMemory, Elementwise, Memory, QKNorm, turn
 from wanrt.models.rope import RopeTable
-from wanrt.models.transformer import SelfAttention, TextKV, WanTransformer
+from wanrt.models.transformer import SelfAttention, TextKV, TimeEmbedding, WanTransformer
 from wanrt.parallel.collectives import gather, heads_to_tokens, tokens_to_heads
 
 
@@ -158,6 +158,11 @@ class UlyssesTransformer(nn.Module):
         """See `WanTransformer.embed_text`; whole on every rank, as cross-attention is local."""
         return self.model.embed_text(embeddings)
 
+    def embed_time(self, timesteps: Tensor) -> TimeEmbedding:
+        """See `WanTransformer.embed_time`; whole on every rank, as it speaks of frames."""
+        return self.model.embed_time(timesteps)
+
+    @torch.no_grad()
     def forward(
         self,
         latents: Tensor,
@@ -171,19 +176,19 @@ class UlyssesTransformer(nn.Module):
         """See `WanTransformer.forward`."""
         self.model.check(latents, timesteps, cache, pass_, bias)
         plan = cache.begin(pass_, latents.shape[2])
-        velocity = self.run(latents, timesteps, text, cache, plan, bias)
+        velocity = self.run(latents, self.embed_time(timesteps), text, cache, plan, bias)
         cache.finish(plan)
         return velocity
 
     def run(
         self,
         latents: Tensor,
-        timesteps: Tensor,
+        time: TimeEmbedding,
         text: TextKV,
         cache: KVCache,
         plan: PassPlan,
         bias: Tensor | None = None,
     ) -> Tensor | None:
         """See `WanTransformer.run`."""
-        share = self.model.run(self.share.cut(latents), timesteps, text, cache, plan, bias)
+        share = self.model.run(self.share.cut(latents), time, text, cache, plan, bias)
         return None if share is None else self.share.join(share, latents.shape[3])

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from wanrt.models.kv_cache import Pass
-from wanrt.pipeline.context import CHUNK_LATENTS
 
 if TYPE_CHECKING:
-    from wanrt.models.kv_cache import KVCache
-    from wanrt.models.transformer import TextKV, WanTransformer
+    from wanrt.models.kv_cache import KVCache, PassPlan
+    from wanrt.models.transformer import TextKV, TimeEmbedding, WanTransformer
+
+TIMES_KEPT = (
+    16  # embeddings of timesteps, 4.9 MB each at 14B: the few of a step list, and those before a change
+)
 
 
 class TransformerDenoiser:
@@ -23,7 +26,7 @@ class TransformerDenoiser:
         self._model, self._cache = model, cache
         self._text: TextKV | None = None
         self._bias: torch.Tensor | None = None
-        self._timesteps: dict[tuple[float, int], torch.Tensor] = {}
+        self._times: dict[float, TimeEmbedding] = {}
 
     def set_text(self, embedding: torch.Tensor) -> None:
         """Cross-attention keys and values of a prompt `[B, L, text_dim]`."""
@@ -48,14 +51,24 @@ class TransformerDenoiser:
         self._forward(latents, 0.0, Pass.COMMIT)
 
     def _forward(self, latents: torch.Tensor, timestep: float, pass_: Pass) -> torch.Tensor | None:
-        assert self._text is not None, "set_text comes before the first pass"
-        times = self._times(timestep, latents.shape[0], latents.shape[2])
+        plan = self._cache.begin(pass_, latents.shape[2])
         bias = None if pass_ is Pass.CONTEXT else self._bias
-        return self._model(latents, times, self._text, self._cache, pass_=pass_, bias=bias)
+        velocity = self._run(latents, self._time(timestep, latents.shape[0]), plan, bias)
+        self._cache.finish(plan)
+        return velocity
 
-    def _times(self, timestep: float, batch: int, frames: int) -> torch.Tensor:
-        key = (timestep, frames)
-        if key not in self._timesteps:
-            shape = (batch, max(frames, CHUNK_LATENTS))
-            self._timesteps[key] = torch.full(shape, timestep, device=self.device)[:, :frames]
-        return self._timesteps[key]
+    def _run(
+        self, latents: torch.Tensor, time: TimeEmbedding, plan: PassPlan, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        assert self._text is not None, "set_text comes before the first pass"
+        return self._model.run(latents, time, self._text, self._cache, plan, bias)
+
+    def _time(self, timestep: float, batch: int) -> TimeEmbedding:
+        """The embedding of one timestep for all frames; a stream comes back to the same few."""
+        known = self._times.pop(timestep, None)
+        if known is None:
+            known = self._model.embed_time(torch.full((batch, 1), timestep, device=self.device))
+        self._times[timestep] = known  # newest last
+        while len(self._times) > TIMES_KEPT:
+            del self._times[next(iter(self._times))]
+        return known

@@ -21,7 +21,7 @@ from wanrt.pipeline.denoiser import TransformerDenoiser
 
 if TYPE_CHECKING:
     from wanrt.models.kv_cache import KVCache
-    from wanrt.models.transformer import TextKV, WanTransformer
+    from wanrt.models.transformer import TextKV, TimeEmbedding, WanTransformer
 
 log = logging.getLogger("wanrt.pipeline")
 
@@ -29,9 +29,10 @@ WARM_UP_RUNS = 2  # libraries choose kernels and allocate workspaces in the firs
 
 
 class GraphedForward:
-    """One pass of `model`, captured for one plan: static latents, timesteps, prompt, bias and cache.
+    """One pass of `model`, captured for one plan: static latents, time embedding, prompt, bias and cache.
 
-    `pool`: of another graph whose replays never overlap with this one's; its memory is shared.
+    `time` is this graph's own home for it, or shared with graphs whose replays never overlap with this one's, as
+    is `pool`, the memory of another graph.
     """
 
     def __init__(
@@ -40,16 +41,17 @@ class GraphedForward:
         cache: KVCache,
         plan: PassPlan,
         latents: torch.Tensor,
+        time: TimeEmbedding,
         text: TextKV,
         bias: torch.Tensor | None,
         pool: Any,
     ) -> None:
         self.plan = plan
         self._latents = latents.clone()
-        self._times = torch.zeros(latents.shape[0], plan.frames, device=latents.device)
+        self._time = time
 
         def run() -> torch.Tensor | None:
-            return model.run(self._latents, self._times, text, cache, plan, bias)
+            return model.run(self._latents, time, text, cache, plan, bias)
 
         side = torch.cuda.Stream(latents.device)
         side.wait_stream(torch.cuda.current_stream(latents.device))
@@ -63,10 +65,10 @@ class GraphedForward:
             self._velocity = run()
         torch.cuda.current_stream(latents.device).wait_stream(side)
 
-    def __call__(self, latents: torch.Tensor, times: torch.Tensor) -> torch.Tensor | None:
+    def __call__(self, latents: torch.Tensor, time: TimeEmbedding) -> torch.Tensor | None:
         """Replay. The velocity is overwritten by the next replay of any graph of the pool: use it before."""
         self._latents.copy_(latents)
-        self._times.copy_(times)
+        self._time.copy_(time)
         self.graph.replay()
         return self._velocity
 
@@ -78,6 +80,7 @@ class GraphedDenoiser(TransformerDenoiser):
         super().__init__(model, cache, device)
         self._graphs: dict[tuple[PassPlan, bool], GraphedForward] = {}
         self._log_bias = torch.zeros((), device=device)
+        self._static: TimeEmbedding  # where the graphs read theirs
 
     def set_text(self, embedding: torch.Tensor) -> None:
         """The prompt's keys and values, at the address that the graphs read."""
@@ -103,6 +106,7 @@ class GraphedDenoiser(TransformerDenoiser):
         latents = torch.zeros(shape, device=self.device)
         with torch.inference_mode():
             self.set_text(torch.zeros(shape[0], 1, self._model.config.text_dim, device=self.device))
+            self._static = self._model.embed_time(torch.zeros(shape[0], 1, device=self.device))
             for done, (plan, on) in enumerate(distinct):
                 progress(done, len(distinct))
                 self._capture(plan, latents, self._log_bias if on else None)
@@ -113,17 +117,14 @@ class GraphedDenoiser(TransformerDenoiser):
         assert self._text is not None
         frames = latents[:, :, :1].expand(-1, -1, plan.frames, -1, -1)
         pool = next((graph.graph.pool() for graph in self._graphs.values()), None)
-        forward = GraphedForward(self._model, self._cache, plan, frames, self._text, bias, pool)
+        forward = GraphedForward(self._model, self._cache, plan, frames, self._static, self._text, bias, pool)
         self._graphs[plan, bias is not None] = forward
 
-    def _forward(self, latents: torch.Tensor, timestep: float, pass_: Pass) -> torch.Tensor | None:
-        plan = self._cache.begin(pass_, latents.shape[2])
-        graph = self._graphs.get((plan, pass_ is not Pass.CONTEXT and self._bias is not None))
-        if graph is None:
-            return super()._forward(latents, timestep, pass_)
-        velocity = graph(latents, self._times(timestep, latents.shape[0], latents.shape[2]))
-        self._cache.finish(plan)
-        return velocity
+    def _run(
+        self, latents: torch.Tensor, time: TimeEmbedding, plan: PassPlan, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        graph = self._graphs.get((plan, bias is not None))
+        return super()._run(latents, time, plan, bias) if graph is None else graph(latents, time)
 
 
 def all_plans(cache: KVCache) -> tuple[PassPlan, ...]:
