@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from wanrt.errors import UsageError
-from wanrt.parallel.hardware import Device, Link, known, predict, rescale
+from wanrt.parallel.hardware import Device, Link, akin, known, predict, rescale
 from wanrt.parallel.topology import MeshKind, Topology, check, why_not
 from wanrt.parallel.workload import GIB, Workload, memory
 from wanrt.telemetry.simulator import Prediction, StageCosts, simulate
@@ -28,6 +28,11 @@ class Machine:
         """Measured figures of this kind of device, or None."""
         return known(self.name)
 
+    @property
+    def proportions(self) -> Device | None:
+        """Figures whose proportions hold for this kind of device, for carrying a measured run over; or None."""
+        return akin(self.name)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -44,12 +49,15 @@ def costs(
 
     measured: of a run on one device of this machine. Without figures it holds for `single` only.
     """
-    figures = machine.figures
     if measured is None:
+        figures = machine.figures
         return None if figures is None else predict(work, topology, figures, machine.link)
+    if topology == Topology():
+        return measured
+    figures = machine.proportions
     if figures is not None:
         return rescale(measured, work, topology, figures, machine.link)
-    return measured if topology == Topology() else None
+    return None
 
 
 def forecast(
