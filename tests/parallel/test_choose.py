@@ -49,6 +49,30 @@ def test_ulysses_is_ahead_of_tensor_parallelism(n, link):
     assert rates[0] > rates[1] * (1.05 if link is Link.NVLINK else 1.5)
 
 
+def test_auto_splits_the_vae_where_that_shortens_the_period():
+    choice = resolve("auto", KREA, h200(8), "anchor-only")
+    whole = forecast(KREA, replace(choice.topology, vae=1), h200(8), "anchor-only")
+    split = forecast(KREA, choice.topology, h200(8), "anchor-only")
+    assert choice.topology.vae > 1
+    assert split.period < whole.period
+    words = (
+        f"the VAE split in {choice.topology.vae} shortens the period of this mesh from {whole.period:.0f} to"
+    )
+    assert words in choice.reason
+    unsplit = resolve("auto", replace(KREA, vae_splits=False), h200(8), "anchor-only")
+    assert unsplit.topology.vae == 1
+    assert "split" not in unsplit.reason
+
+
+def test_the_ranks_that_were_started_are_used_up():
+    with pytest.raises(UsageError, match=r"tp=2: 2 devices, but WORLD_SIZE = 5; start 2, or take ulysses=5"):
+        resolve("tp=2", KREA, h200(5), "anchor-only", world=5)
+    with pytest.raises(UsageError, match="single: 1 device, but WORLD_SIZE = 3; start 1, or take pp1"):
+        resolve("single", KREA, h200(3), "anchor-only", world=3)
+    assert resolve("auto", KREA, h200(3), "anchor-only", world=3).topology.devices == 3
+    assert resolve("pp1+tp=2", KREA, h200(3), "anchor-only", world=3).reason == "as asked for"
+
+
 RULE = [(1, "single"), (2, "ulysses=2"), (3, "pp1+ulysses=2"), (5, "pp1+ulysses=4")]
 
 

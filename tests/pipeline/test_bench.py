@@ -5,8 +5,9 @@ from fractions import Fraction
 import pytest
 
 from wanrt.errors import RunError, UsageError
-from wanrt.pipeline.bench import SEED_MATRIX, Entry, bench, by_chunk, entries_of, report, run_bench, table
+from wanrt.pipeline.bench import bench, by_chunk, report, run_bench, table
 from wanrt.pipeline.build import Tuning
+from wanrt.pipeline.matrix import SEED_MATRIX, Entry, entries_of
 from wanrt.script import RenderJob, Timeline, load_preset
 from wanrt.telemetry import Span
 from wanrt.telemetry.simulator import simulate
@@ -69,8 +70,8 @@ def test_an_incomplete_recording_is_refused(job):
 def test_a_run(job):
     got = bench(job, chunks=2, warm_up=1)
     assert got.chunks == 2
-    assert got.period.p50_ms > got.mesh.p50_ms > 0
-    assert got.anchor_path.p50_ms > 0
+    assert got.mesh.p50_ms > 0
+    assert got.period.p50_ms > got.anchor_path.p50_ms > 0  # of the one pair of chunks: a part and the whole
     assert got.memory_bytes is None
 
 

@@ -111,6 +111,53 @@ def test_policies_agree_within_a_topology(job):
     assert torch.equal(pixels, other_pixels)
 
 
+HELD, HELD_S = (
+    1,
+    1.5,
+)  # which chunk's conversion is drawn out, and how long: far beyond what the mesh needs for one
+
+
+def held_up(job, policy):
+    """Spans by (stage or name, chunk) of a run that shows one chunk slowly: (start, end) in ns of all of a chunk's."""
+    recorder, chunks = Recorder(), iter(range(4))
+
+    def slow(pixels):
+        if next(chunks) == HELD:
+            time.sleep(HELD_S)
+        return to_rgb8(pixels)
+
+    video(replace(job, topology="pp1+tp=1", anchor=policy), recorder, slow)
+    found = {}
+    for span in recorder.recent(3600):
+        key = "mesh" if span.stage == "mesh" else span.name, span.chunk
+        start, end = found.get(key, (span.start_ns, span.end_ns))
+        found[key] = min(start, span.start_ns), max(end, span.end_ns)
+    return found
+
+
+@pytest.mark.parametrize("policy", ["anchor-only", "overlap"])
+def test_the_mesh_waits_for_the_anchor_and_for_nothing_else(job, policy):
+    """While stage 0 shows chunk N the mesh makes all of chunk N + 1; its bubble is the anchor's path."""
+    spans = held_up(job, policy)
+    mesh, after, shown = spans["mesh", HELD], spans["mesh", HELD + 1], spans["convert", HELD]
+    assert after[0] < shown[1]
+    assert after[1] <= shown[1], "the next chunk was not done while this one was shown"
+    assert spans["anchor-encode", HELD][1] <= after[0], "the mesh began without its anchor"
+    if policy == "anchor-only":
+        assert spans["display-decode", HELD][0] >= spans["anchor-encode", HELD][1]
+    # decode and encode of the anchor, with transfer and wake-up, which are short beside what is held
+    path = spans["anchor-encode", HELD][1] - mesh[1]
+    assert after[0] - mesh[1] - path < (shown[1] - shown[0]) / 2
+
+
+def test_the_policy_to_compare_with_does_hold_the_mesh_up(job):
+    """decode-all shows a chunk before it submits the next: the same measure sees it."""
+    spans = held_up(job, "decode-all")
+    shown = spans["convert", HELD]
+    assert spans["mesh", HELD + 1][0] >= shown[1]
+    assert spans["mesh", HELD + 1][0] - spans["mesh", HELD][1] > shown[1] - shown[0]
+
+
 def as_floats(pixels):
     return pixels[0].movedim(0, -1).clone()
 

@@ -204,6 +204,10 @@ def _traceback() -> None:
 
 
 def _complain(text: str) -> None:
+    from wanrt.parallel.launch import speaks
+
+    if not speaks(os.environ):  # rank 0 says the same
+        return
     with contextlib.suppress(OSError):  # stderr is a terminal that was closed, or a pipe that nobody reads
         for line in text.splitlines():
             print(f"wanrt: {line}", file=sys.stderr)

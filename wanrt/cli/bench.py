@@ -23,7 +23,7 @@ def command(
     matrix: Annotated[
         Text,
         typer.Option(
-            metavar="LIST", help='TOPOLOGY[:ANCHOR][:compile], several with commas, or "seed", "vae".'
+            metavar="LIST", help="TOPOLOGY[:ANCHOR]..., several with commas; or two, four, eight, seed, vae."
         ),
     ] = None,
     window: Annotated[Text, typer.Option(metavar="N", help="Latent frames of context.")] = None,
@@ -46,13 +46,30 @@ def command(
     json: Annotated[
         Text, typer.Option("--json", metavar="FILE", help="Write the measurements there.")
     ] = None,
+    budget: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=1, help="Stop when this much time is used up.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Measure only what the --json file lacks.")
+    ] = False,
 ) -> None:
     """Measure how fast a model runs here, in its steady state."""
-    from wanrt.pipeline.bench import entries_of, run_bench
+    from wanrt.cli import _joined
+    from wanrt.pipeline.bench import run_bench
     from wanrt.pipeline.build import Tuning
+    from wanrt.pipeline.campaign import Campaign, run_campaign
+    from wanrt.pipeline.matrix import entries_of
 
     flags = {
         "preset": preset, "size": size, "topology": topology, "window": window, "bias": bias, "steps": steps,
         "precision": precision, "device": device, "weights": weights, "random_weights": random_weights,
     }  # fmt: skip
-    print(run_bench(flags, entries_of(anchor, matrix), chunks, warm_up, Tuning(graphs, compile), json))
+    tuning = Tuning(graphs, compile)
+    with _joined.crew() as crew:
+        entries = entries_of(anchor, matrix, size, precision)
+        apart = budget is not None or resume or not all(entry.p2p for entry in entries)
+        if apart and crew is None:
+            campaign = Campaign(flags, chunks, warm_up, tuning, json, budget, resume)
+            print(run_campaign(campaign, entries))
+        else:
+            print(run_bench(flags, entries, chunks, warm_up, tuning, json, crew))

@@ -45,13 +45,15 @@ def command(
     """Render a prompt file, or a prompt, to a video file."""
     import sys
 
+    from wanrt.cli import _joined
     from wanrt.cli._talk import observing, panel_mode
     from wanrt.script import build_job, read_script
 
     mode = panel_mode(quiet=quiet, plain=plain, json_progress=json_progress)
-    job = build_job(read_script(prompt, sys.stdin.buffer), {**option.making(context), "output": output})
-    with observing(mode) as observer:
-        from wanrt.pipeline import render
+    with _joined.crew() as crew:
+        job = build_job(read_script(prompt, sys.stdin.buffer), {**option.making(context), "output": output})
+        with observing(mode) as observer:
+            from wanrt.pipeline import render
 
-        result = render(job, observer, started_ns=context.obj)
+            result = render(job, observer, started_ns=context.obj, crew=crew)
     print(result.output)

@@ -86,17 +86,19 @@ def command(
     """Stream a prompt file, or a prompt, live; steer it with wanrt say, set, seed, pause and stop."""
     import sys
 
+    from wanrt.cli import _joined
     from wanrt.cli._talk import observing, panel_mode
     from wanrt.script.live import plan_stream
 
     mode = panel_mode(quiet=quiet, plain=plain, json_progress=json_progress)
-    job, plan = plan_stream(
-        prompt, option.making(context), sys.stdin.buffer, rtmp=rtmp or (), outputs=output or (), serve=serve,
-        latency=latency, pace=pace, watch=watch, endless=endless, name=name,
-    )  # fmt: skip
-    with observing(mode) as observer:
-        from wanrt.pipeline.stream import stream
+    with _joined.crew() as crew:
+        job, plan = plan_stream(
+            prompt, option.making(context), sys.stdin.buffer, rtmp=rtmp or (), outputs=output or (), serve=serve,
+            latency=latency, pace=pace, watch=watch, endless=endless, name=name,
+        )  # fmt: skip
+        with observing(mode) as observer:
+            from wanrt.pipeline.stream import stream
 
-        result = stream(job, plan, observer, started_ns=context.obj)
+            result = stream(job, plan, observer, started_ns=context.obj, crew=crew)
     for shown in result.outputs:
         print(shown)

@@ -55,6 +55,14 @@ def known(name: str) -> Device | None:
     return next((device for device in DEVICES if device.name.lower() in name.lower()), None)
 
 
+def akin(name: str) -> Device | None:
+    """The figures of a device, or of one with the same processor: H100 SXM is H200 with other memory.
+
+    Good for proportions between topologies, not for times.
+    """
+    return known(name) or (H200 if "H100" in name else None)
+
+
 def mesh_ms(
     work: Workload, topology: Topology, device: Device, link: Link, slack: float | None = None
 ) -> float:

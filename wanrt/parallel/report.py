@@ -68,8 +68,9 @@ def _basis(machine: Machine, measured: StageCosts | None) -> str:
     figures = machine.figures
     link = "" if machine.devices == 1 else f", link {machine.link}"
     if measured is not None:
+        carried = machine.proportions
         return "the measured run" + (
-            f", carried over with figures of {figures.name}{link}" if figures else ""
+            f", carried over with figures of {carried.name}{link}" if carried else ""
         )
     if figures is None:
         names = ", ".join(device.name for device in DEVICES)

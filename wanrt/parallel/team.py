@@ -1,8 +1,9 @@
-"""Rank processes of one machine: started, heard, and never left behind.
+"""Rank processes: started or found, heard, and never left behind.
 
-Stage 0's process starts the others and keeps a pipe to each. Down the pipe go commands; up come `Ready`, log lines,
-recorded spans and, when a rank fails, its last words. A pipe that closes is the end: a rank whose parent dies gets
-SIGKILL from the kernel, a parent whose rank dies hears of it at the next `check`.
+Stage 0's process starts the others and keeps a pipe to each, or takes those that torchrun started, with a connection
+to each (`wanrt.parallel.crew`). Down the pipe go commands; up come `Ready`, log lines, recorded spans and, when a
+rank fails, its last words. A pipe that closes is the end: a rank whose parent dies gets SIGKILL from the kernel, a
+parent whose rank dies hears of it at the next `check`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NoReturn
 
 from wanrt.errors import RunError
 
@@ -66,20 +67,50 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class Left:
+    """A rank that wanrt did not start has finished its part of a run, and waits for the next."""
+
+
+@dataclass(frozen=True)
 class Member:
-    """One rank to start: its name, where it runs (for messages), and what its entry point is given."""
+    """One rank: its name, where it runs (for messages), and what its entry point is given."""
 
     name: str
     device: str
     assignment: Any
 
 
+class Distant:
+    """A rank that somebody else started, as far as its connection tells; stands in for its process."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.lost = False
+        self.left = False
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it is there; 0 when it has done its part. What a lost one ended with, nobody here knows."""
+        return 0 if self.left else None
+
+    def is_alive(self) -> bool:
+        """Whether it is in the run."""
+        return not (self.lost or self.left)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Its end shows on the connection alone."""
+
+    def kill(self) -> None:
+        """Gives it up; it ends when its connection does."""
+        self.lost = True
+
+
 @dataclass
 class _Seat:
-    """A started rank and what was heard of it."""
+    """A rank and what was heard of it."""
 
     member: Member
-    process: BaseProcess
+    process: BaseProcess | Distant
     pipe: Connection
     ready: bool = False
     failed: str = ""
@@ -88,6 +119,22 @@ class _Seat:
     @property
     def place(self) -> str:
         return f"{self.member.name} ({self.member.device})"
+
+    @property
+    def lost(self) -> bool:
+        """Whether its connection broke."""
+        return isinstance(self.process, Distant) and self.process.lost
+
+    @property
+    def struck(self) -> bool:
+        """Whether it ended without a word of its own: by a signal, or with its machine."""
+        return (self.process.exitcode or 0) < 0 or (self.lost and not self.failed)
+
+    def fate(self) -> str:
+        """How it ended, where it did not say so itself."""
+        if self.lost:
+            return "its connection closed: it was killed, or its machine is gone"
+        return _cause_of_death(self.process.exitcode)
 
 
 class Team:
@@ -115,6 +162,12 @@ class Team:
             process.start()
             theirs.close()
             self._seats.append(_Seat(member, process, mine))
+
+    def join(self, members: Iterable[tuple[Member, Connection]]) -> None:
+        """Gives ranks that are there already their assignments; the connections stay their owner's."""
+        for member, connection in members:
+            self._seats.append(_Seat(member, Distant(connection), connection))
+            self.send(member.assignment, frozenset({member.name}))
 
     def wait_ready(self, check: Callable[[], None] = lambda: None) -> None:
         """Waits until every rank is ready; `check` is called meanwhile and may raise.
@@ -150,7 +203,7 @@ class Team:
             silent = ", ".join(s.place for s in self._seats if not s.failed) or "no rank"
             return RunError(f"{what}; without an answer: {silent}")
         self._listen(0.0)
-        said = seat.failed or _cause_of_death(seat.process.exitcode)
+        said = seat.failed or seat.fate()
         tail = f"; last lines: {' | '.join(seat.lines)}" if seat.lines else ""
         return RunError(f"{seat.place} failed: {said}{tail}")
 
@@ -170,7 +223,8 @@ class Team:
                 )  # fmt: skip
                 seat.process.kill()
             seat.process.join()
-            seat.pipe.close()
+            if not (isinstance(seat.process, Distant) and seat.process.left):
+                seat.pipe.close()
         self._seats = []
 
     def _drain_until_gone(self, seat: _Seat, deadline: float) -> None:
@@ -181,9 +235,9 @@ class Team:
 
     def _culprit(self) -> _Seat | None:
         """Who failed first: a rank that was killed, else one that said why, else one that is gone."""
-        killed = (s for s in self._seats if (s.process.exitcode or 0) < 0)
+        killed = (s for s in self._seats if s.struck)
         spoke = (s for s in self._seats if s.failed and "connection" not in s.failed.lower())
-        gone = (s for s in self._seats if s.failed or s.process.exitcode is not None)
+        gone = (s for s in self._seats if s.failed or s.lost or s.process.exitcode is not None)
         return next(killed, None) or next(spoke, None) or next(gone, None)
 
     def _listen(self, seconds: float) -> None:
@@ -198,7 +252,9 @@ class Team:
             while seat.pipe.poll(seconds):
                 self._take(seat, seat.pipe.recv())
         except (EOFError, OSError):
-            if seat.process.is_alive():
+            if isinstance(seat.process, Distant):
+                seat.process.lost = not seat.process.left
+            elif seat.process.is_alive():
                 seat.process.join(SETTLE_S)
 
     def _take(self, seat: _Seat, message: Any) -> None:
@@ -207,6 +263,9 @@ class Team:
             log.log(message.level, "%s: %s", seat.member.name, message.text)
         elif isinstance(message, Failed):
             seat.failed = message.text
+        elif isinstance(message, Left):
+            assert isinstance(seat.process, Distant), "a started rank ends with its process"
+            seat.process.left = True
         elif isinstance(message, Ready):
             seat.ready = True
             log.info("%s is ready%s", seat.place, f": {message.detail}" if message.detail else "")
@@ -239,26 +298,32 @@ def _run_member(entry: Callable[[Connection, Any], None], pipe: Connection, assi
 
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with _logging_into(pipe):
+    with logging_into(pipe):
         try:
             entry(pipe, assignment)
         except (EOFError, BrokenPipeError):  # the parent is gone
             pass
         except BaseException as error:
-            words = " ".join(str(error).split()) or type(error).__name__
             with contextlib.suppress(OSError):
-                pipe.send(Failed(words[:500]))
-            _leave(1)
-    # not through the interpreter's end: libraries tear down slowly there, and hang where a peer is dead
-    _leave(0)
+                pipe.send(Failed(words_of(error)))
+            leave(1)
+    leave(0)
 
 
-def _leave(code: int) -> None:
+def words_of(error: BaseException) -> str:
+    """An error in one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:500]
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a rank's process, not through the interpreter's end: libraries tear down slowly there, and hang where a
+    peer is dead.
+    """
     os._exit(code)
 
 
 @contextlib.contextmanager
-def _logging_into(pipe: Connection) -> Iterator[None]:
+def logging_into(pipe: Connection) -> Iterator[None]:
     """The log of wanrt goes up the pipe."""
 
     class ToParent(logging.Handler):

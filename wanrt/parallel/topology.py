@@ -85,6 +85,13 @@ class Topology:
         return self.stage0_devices + self.mesh
 
     @property
+    def equation(self) -> str:
+        """`1 + 4 = 5 devices`, or `4 devices`."""
+        if self.pp1:
+            return f"{self.vae} + {self.mesh} = {self.devices} devices"
+        return "1 device" if self.mesh == 1 else f"{self.mesh} devices"
+
+    @property
     def distributed(self) -> bool:
         """Whether there is more than one process."""
         return self.devices > 1
@@ -171,15 +178,8 @@ def why_not(topology: Topology, shape: ModelShape, devices: int | None = None) -
     if shape.vae_lines is not None and topology.vae > shape.vae_lines:
         return f"vae={topology.vae} > {shape.vae_lines}, the longer side of a latent"
     if devices is not None and topology.devices > devices:
-        return f"{_sum(topology)} > {devices} on this machine"
+        return f"{topology.equation} > {devices} on this machine"
     return None
-
-
-def _sum(topology: Topology) -> str:
-    """`1 + 4 = 5 devices`, or `4 devices`."""
-    if not topology.pp1:
-        return f"{topology.mesh} devices"
-    return f"{topology.vae} + {topology.mesh} = {topology.devices} devices"
 
 
 def nearest(topology: Topology, shape: ModelShape, devices: int | None = None) -> list[Topology]:

@@ -47,6 +47,7 @@ class Workload:
     vae_dim: int
     text_encoder: int  # parameters
     vae_blocks: int = 2  # residual blocks of a level
+    vae_splits: bool = True  # whether this kind of VAE can be split over devices
 
     @classmethod
     def of(cls, job: RenderJob) -> Workload:
@@ -70,6 +71,7 @@ class Workload:
             vae_dim=job.preset.vae.base_dim,
             text_encoder=text.vocab * text.dim + text.num_layers * encoder_layer,
             vae_blocks=job.preset.vae.num_res_blocks,
+            vae_splits=job.preset.vae.kind == "wan",
         )
 
     @property

@@ -13,18 +13,20 @@ Everything is read off the recording. Per chunk, medians over the measured chunk
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanrt.errors import RunError, UsageError, WanrtError
 from wanrt.output import PixelFormat, QueuedSink, Sink, VideoSpec
 from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, find_files, make_recorder, settle_topology
 from wanrt.pipeline.context import CHUNK_LATENTS, pixel_frames
 from wanrt.pipeline.encoding import RecordedSink
+from wanrt.pipeline.matrix import NO_P2P, Entry
 from wanrt.pipeline.run import converter, one_line_errors, settings
 from wanrt.telemetry import Recorder, Span
 from wanrt.telemetry.simulator import StageCosts
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from wanrt.output.sink import Pixels
+    from wanrt.parallel.crew import Crew
     from wanrt.script import RenderJob
 
 log = logging.getLogger("wanrt.pipeline")
@@ -95,6 +98,14 @@ class BenchReport:
         rates = {"fps": self.fps, "fps_without_vae": self.fps_without_vae}
         return {"schema": 1, **asdict(self), **rates, "machine": machine()}
 
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> BenchReport:
+        """The report of a `document`."""
+        timings = ("period", "mesh", "stage0", "anchor_path")
+        known: dict[str, Any] = {f.name: document[f.name] for f in fields(cls)}
+        known |= {name: Timing(**document[name]) for name in timings}
+        return cls(**{**known, "costs": StageCosts(**document["costs"])})
+
 
 class DiscardingSink(Sink):
     """Takes frames in the encoder's format and drops them."""
@@ -115,9 +126,14 @@ class DiscardingSink(Sink):
 
 
 def bench(
-    job: RenderJob, *, chunks: int = 8, warm_up: int = WARM_UP_CHUNKS, tuning: Tuning | None = None
+    job: RenderJob,
+    *,
+    chunks: int = 8,
+    warm_up: int = WARM_UP_CHUNKS,
+    tuning: Tuning | None = None,
+    crew: Crew | None = None,
 ) -> BenchReport:
-    """Runs `warm_up` chunks, then measures `chunks` more.
+    """Runs `warm_up` chunks, then measures `chunks` more. crew: ranks that torchrun started, all of them used.
 
     Raises `UsageError` for fewer than two chunks, and whatever building a pipeline raises.
     """
@@ -127,19 +143,22 @@ def bench(
         raise UsageError(f"bench of {chunks} chunks after {warm_up}: expected at least 2 after at least 1")
     wait_passively()
     device = choose_device(job.device)
-    job = settle_topology(job, device)
+    job = settle_topology(job, device, None if crew is None else crew.world)
     set_threads(device)
     wanted = pixel_frames(CHUNK_LATENTS * (warm_up + chunks))
     with one_line_errors():
-        return _measure(replace(job, frames=wanted), warm_up, device, tuning or Tuning())
+        return _measure(replace(job, frames=wanted), warm_up, device, tuning or Tuning(), crew)
 
 
-def _measure(job: RenderJob, warm_up: int, device: torch.device, tuning: Tuning) -> BenchReport:
+def _measure(
+    job: RenderJob, warm_up: int, device: torch.device, tuning: Tuning, crew: Crew | None
+) -> BenchReport:
     recorder = make_recorder(job, device, None)
     spec = VideoSpec(job.width, job.height, job.fps)
     convert = converter(spec, PixelFormat.NV12, device)
     began = time.perf_counter()
-    pipeline = build_pipeline(job, find_files(job), device, Wiring(recorder, convert=convert), tuning)
+    wiring = Wiring(recorder, convert=convert, crew=crew)
+    pipeline = build_pipeline(job, find_files(job), device, wiring, tuning)
     loaded = time.perf_counter()
     sink = QueuedSink(RecordedSink(DiscardingSink(spec), recorder))
     warmed = loaded
@@ -220,10 +239,15 @@ def table(reports: Iterable[BenchReport | Unmeasured]) -> str:
 
 def _split_gains(found: Iterable[BenchReport | Unmeasured]) -> list[str]:
     """What splitting the VAE gained, wherever the same mesh was measured with and without."""
-    runs = {(r.settings["topology"], r.settings["anchor"]): r for r in found if isinstance(r, BenchReport)}
+    same = ("anchor", "width", "height", "precision", "compile")
+    runs = {
+        (str(r.settings["topology"]), (NO_P2P in r.name, *(r.settings[key] for key in same))): r
+        for r in found
+        if isinstance(r, BenchReport)
+    }
     lines = []
-    for (topology, anchor), run in runs.items():
-        whole = runs.get((str(topology).partition("+vae=")[0], anchor))
+    for (topology, others), run in runs.items():
+        whole = runs.get((topology.partition("+vae=")[0], others))
         if whole is None or whole is run:
             continue
         parts = [
@@ -258,26 +282,6 @@ def _memory(device: torch.device) -> int | None:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One line of a matrix: what to run, under which name."""
-
-    topology: str | None = None
-    anchor: str | None = None
-    compile: bool | None = None
-    name: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> Entry:
-        """`TOPOLOGY[:ANCHOR][:compile]`. Raises `UsageError` for more parts."""
-        parts = text.strip().split(":")
-        compiled = parts[-1] == "compile"
-        if len(parts) - compiled not in (1, 2) or not all(parts):
-            raise UsageError(f"matrix entry {text!r}: expected TOPOLOGY[:ANCHOR][:compile]")
-        anchor = parts[1] if len(parts) - compiled == 2 else None
-        return cls(parts[0], anchor, compiled or None)
-
-
-@dataclass(frozen=True)
 class Unmeasured:
     """A line of a matrix that could not be run, and why."""
 
@@ -289,46 +293,6 @@ class Unmeasured:
         return asdict(self)
 
 
-# The runs of DESIGN section 8, the seed's scorecard. Run 32 was run 31 with another attention kernel.
-SEED_MATRIX = (
-    Entry("pp1+tp=4", "decode-all", name="30 pp1+tp=4 decode-all"),
-    Entry("pp1+tp=4", "overlap", name="31 pp1+tp=4 overlap"),
-    Entry("pp1+tp=4", "overlap", name="32 pp1+tp=4 overlap"),
-    Entry("tp=8", "decode-all", name="33 tp=8 decode-all"),
-    Entry("pp1+tp=4", "decode-all", True, "34 pp1+tp=4 decode-all compiled"),
-    Entry("pp1+tp=5", "decode-all", name="35 pp1+tp=5 decode-all"),
-    Entry("single", "decode-all", name="36 single decode-all"),
-    Entry("pp1+tp=4", "latent", True, "37 pp1+tp=4 latent compiled"),
-)
-
-
-# A split VAE beside the same mesh without; `table` gives the gain. Of two devices, then three, then four.
-VAE_MATRIX = tuple(
-    Entry(f"{mesh}{split}")
-    for mesh, splits in {
-        "tp=2": ("", "+vae=2"),
-        "ulysses=2": ("", "+vae=2"),
-        "pp1+tp=1": ("", "+vae=2", "+vae=3"),
-        "pp1+ulysses=2": ("", "+vae=2"),
-        "ulysses=4": ("", "+vae=2", "+vae=4"),
-    }.items()
-    for split in splits
-)
-MATRICES = {"seed": SEED_MATRIX, "vae": VAE_MATRIX}
-
-
-def entries_of(anchors: str | None, matrix: str | None) -> tuple[Entry, ...]:
-    """What to run: a named matrix, a list of `TOPOLOGY[:ANCHOR][:compile]`, or the anchor policies given."""
-    from wanrt.script.job import ANCHORS
-
-    if matrix in MATRICES:
-        return MATRICES[matrix]
-    if matrix is not None:
-        return tuple(Entry.parse(text) for text in matrix.split(","))
-    names = ANCHORS if anchors == "all" else anchors.split(",") if anchors else [None]
-    return tuple(Entry(anchor=name) for name in names)
-
-
 def run_bench(
     flags: Mapping[str, object],
     entries: Iterable[Entry],
@@ -336,10 +300,11 @@ def run_bench(
     warm_up: int,
     tuning: Tuning,
     json: str | None,
+    crew: Crew | None = None,
 ) -> str:
-    """What the command does: runs every entry, returns the table, writes the JSON after each run.
+    """What the command does: runs every entry in this process, returns the table, writes the JSON after each run.
 
-    With several entries one that fails is a line with its reason; a single one raises.
+    With several entries one that fails is a line with its reason; a single one raises. crew: as in `bench`.
     """
     from wanrt.telemetry.files import write_json
 
@@ -347,27 +312,44 @@ def run_bench(
     found: list[BenchReport | Unmeasured] = []
     for entry in wanted:
         try:
-            found.append(_run_entry(flags, entry, chunks, warm_up, tuning))
+            found.append(_run_entry(flags, entry, chunks, warm_up, tuning, crew))
         except WanrtError as error:
             if len(wanted) == 1:
                 raise
-            name = entry.name or f"{entry.topology or 'single'} {entry.anchor or ''}".strip()
-            found.append(Unmeasured(name, str(error)))
-            log.warning("%s: %s", name, error)
+            found.append(Unmeasured(entry.title, str(error)))
+            log.warning("%s: %s", entry.title, error)
         if json is not None:
-            write_json(json, {"schema": 1, "runs": [run.document() for run in found]})
+            runs = [{"entry": done.text, **run.document()} for done, run in zip(wanted, found, strict=False)]
+            write_json(json, {"schema": 1, "runs": runs})
     return table(found)
 
 
 def _run_entry(
-    flags: Mapping[str, object], entry: Entry, chunks: int, warm_up: int, tuning: Tuning
+    flags: Mapping[str, object],
+    entry: Entry,
+    chunks: int,
+    warm_up: int,
+    tuning: Tuning,
+    crew: Crew | None,
 ) -> BenchReport:
+    if not entry.p2p and "NCCL_P2P_DISABLE" not in os.environ:
+        raise UsageError("no-p2p: NCCL is told before a process starts; set NCCL_P2P_DISABLE=1 for this one")
+    job = job_of(flags, entry)
+    if entry.compile is not None:
+        tuning = replace(tuning, compile=entry.compile)
+    measured = bench(job, chunks=chunks, warm_up=warm_up, tuning=tuning, crew=crew)
+    return replace(measured, name=entry.name or _name(measured.name, entry))
+
+
+def _name(name: str, entry: Entry) -> str:
+    """The report's own name, and what else tells the entry from others."""
+    more = (entry.size, entry.precision, None if entry.p2p else NO_P2P)
+    return " ".join((name, *(part for part in more if part)))
+
+
+def job_of(flags: Mapping[str, object], entry: Entry) -> RenderJob:
+    """The job of an entry. Raises `UsageError` for what cannot be."""
     from wanrt.script import build_job, read_script
 
     script = read_script("a red ball bouncing over a blue night sky")
-    named = {"topology": entry.topology, "anchor": entry.anchor}
-    job = build_job(script, {**flags, **{key: value for key, value in named.items() if value is not None}})
-    if entry.compile is not None:
-        tuning = replace(tuning, compile=entry.compile)
-    measured = bench(job, chunks=chunks, warm_up=warm_up, tuning=tuning)
-    return replace(measured, name=entry.name or measured.name)
+    return build_job(script, {**flags, **entry.flags})

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from wanrt.models.kv_cache import KVCache
     from wanrt.models.transformer import WanTransformer
+    from wanrt.parallel.crew import Crew
     from wanrt.parallel.topology import Topology
     from wanrt.parallel.workload import Workload
     from wanrt.pipeline.envelope import MeshHandle
@@ -38,13 +39,15 @@ class Wiring:
     """What joins a pipeline to its surroundings.
 
     `check` raises to end the run; `progress` hears of loading; `convert` turns pixels `[1, 3, T, H, W]` in -1..1
-    into what the frames' consumer wants, in the lane of display work.
+    into what the frames' consumer wants, in the lane of display work. `crew`: ranks that torchrun started; None: this
+    process starts its own.
     """
 
     recorder: Recorder
     check: Callable[[], None] = lambda: None
     progress: Progress = lambda part, seconds: None
     convert: Callable[[torch.Tensor], Any] = to_rgb8
+    crew: Crew | None = None
 
 
 @dataclass(frozen=True)
@@ -69,29 +72,32 @@ def find_files(job: RenderJob) -> ModelFiles | None:
     return resolve(job.preset, job.weights)
 
 
-def settle_topology(job: RenderJob, device: torch.device) -> RenderJob:
+def settle_topology(job: RenderJob, device: torch.device, world: int | None = None) -> RenderJob:
     """The job with `auto` replaced by what it stands for here, after all that can be refused was refused.
 
     On CUDA devices and their memory are counted; a CPU takes any number of ranks as far as its memory goes, and
-    `auto` is one. Raises
+    `auto` is one. world: ranks that torchrun started, which the topology must use up. Raises
     `UsageError` with the failed equation, or the memory that is missing, and what would work.
     """
     import psutil
 
-    from wanrt.parallel.choose import Machine, check_memory, resolve
+    from wanrt.parallel.choose import Machine, check_memory, check_world, resolve
     from wanrt.parallel.report import find_machine
     from wanrt.parallel.workload import Workload
 
-    if device.type == "cuda":
-        choice = resolve(job.topology, Workload.of(job), find_machine(None, None, None, None), job.anchor)
+    cpu = Machine(world or 1, "CPU", psutil.virtual_memory().total)
+    if device.type == "cuda" or (job.topology == "auto" and world is not None):
+        machine = cpu if device.type == "cpu" else find_machine(world, None, None, None)
+        choice = resolve(job.topology, Workload.of(job), machine, job.anchor, world=world)
         log.info("topology %s: %s", choice.topology, choice.reason)
         job = replace(job, topology=str(choice.topology))
     elif job.topology == "auto":
         log.info("topology single: auto on a CPU")
         job = replace(job, topology="single")
     topology = topology_of(job)
+    check_world(topology, Workload.of(job), world)
     if device.type == "cpu":
-        check_memory(topology, _on_cpu(job), Machine(1, "CPU", psutil.virtual_memory().total))
+        check_memory(topology, _on_cpu(job), cpu)
     return job
 
 

@@ -119,6 +119,10 @@ class Pipeline:
         if held is not None:
             yield held.checked(self._mesh.check)
 
+    def check(self) -> None:
+        """Raises `RunError` when a rank of the mesh has failed or died."""
+        self._mesh.check()
+
     def close(self) -> None:
         """Ends the mesh; safe to call twice."""
         self._mesh.close()

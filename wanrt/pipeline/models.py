@@ -95,6 +95,7 @@ def load_transformer(
     """
     from wanrt.models.transformer import WanTransformer
     from wanrt.parallel.apply import apply
+    from wanrt.parallel.topology import MeshKind
     from wanrt.weights.checkpoint import identify
     from wanrt.weights.loading import build_on_meta, fill, open_transformer
     from wanrt.weights.random import RandomSource
@@ -110,7 +111,8 @@ def load_transformer(
         if shard is not None:
             with torch_device("meta"):
                 callee = apply(model, shard.plan, shard.group)  # type: ignore[assignment]
-            slicer = shard.plan.slicer(shard.group.rank())
+            if shard.plan.kind is MeshKind.TP:  # else the weights are whole, and best mapped
+                slicer = shard.plan.slicer(shard.group.rank())
         fill(model, checkpoint, device, precision.transformer, slicer=slicer)
     return callee
 

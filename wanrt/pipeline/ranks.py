@@ -1,22 +1,26 @@
-"""A pipeline over several devices of one machine: this process is stage 0 and starts the other ranks.
+"""A pipeline over several devices: this process is stage 0, and starts the other ranks or takes those of its crew.
 
-Rank r runs on device r (a CUDA device each, or a share of the CPU's cores). Without PP1 this process is also the
-mesh's first rank. All ranks load at the same time, each reading only its slices of the checkpoint.
+Rank r of one machine runs on device r (a CUDA device each, or a share of the CPU's cores), a rank that torchrun
+started on the device of its LOCAL_RANK. Without PP1 this process is also the mesh's first rank. All ranks load at the
+same time, each reading only its slices of the checkpoint.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanrt.errors import UsageError
+from wanrt.parallel.crew import Crew, Recruit, boot
 from wanrt.parallel.team import Loading, Member, Ready, Spans, Team, answering
 from wanrt.pipeline.build import Tuning, Wiring, join_stage0, make_mesh, make_recorder, mesh_settings
 from wanrt.pipeline.codec import StreamingVae, TeamCodec, VaePart
@@ -50,6 +54,7 @@ class Assignment:
     tuning: Tuning
     started_ns: int
     watchdog_s: float
+    one_machine: bool = True
 
     @property
     def backend(self) -> str:
@@ -69,24 +74,89 @@ def build_ranked(
 
     Raises `UsageError` for more ranks than devices, `RunError` naming the rank that failed.
     """
+    if wiring.crew is not None:
+        return _build_joined(job, files, device, topology, wiring, tuning, wiring.crew)
     check_devices(topology, device)
     folder = Path(tempfile.mkdtemp(prefix="wanrt-"))
     plans = [
         Assignment(
-            job, files, topology, rank.rank, rank.name, device_of(device, rank.rank), str(folder / "store"), tuning,
-            wiring.recorder.started_ns, WATCHDOG_S,
+            job, files, topology, rank.rank, rank.name, device_of(device, rank.rank), f"file://{folder / 'store'}",
+            tuning, wiring.recorder.started_ns, WATCHDOG_S,
         )
         for rank in topology.ranks()
     ]  # fmt: skip
     team = Team(_Listener(wiring).heard)
-    try:
+    with _undone(team, partial(shutil.rmtree, folder, ignore_errors=True)) as cleanup:
         team.start([Member(plan.name, plan.device, plan) for plan in plans[1:]], work)
-        return _join(plans[STAGE0], device, team, wiring, partial(shutil.rmtree, folder, ignore_errors=True))
+        return _join(plans[STAGE0], device, team, wiring, cleanup)
+
+
+def _build_joined(
+    job: RenderJob,
+    files: ModelFiles | None,
+    device: torch.device,
+    topology: Topology,
+    wiring: Wiring,
+    tuning: Tuning,
+    crew: Crew,
+) -> Pipeline:
+    """As `build_ranked`, with ranks that torchrun started."""
+    recruits = crew.meet(wiring.check)
+    check_crew(topology, device, recruits.values())
+    store, here = crew.new_store(), socket.gethostname()
+    lone = all(recruit.about.boot == boot() for recruit in recruits.values())
+    plans = [
+        Assignment(
+            job, files, topology, rank.rank, rank.name,
+            device_of(device, recruits[rank.rank].about.local_rank if rank.rank else 0), store,
+            tuning, wiring.recorder.started_ns, WATCHDOG_S, lone,
+        )
+        for rank in topology.ranks()
+    ]  # fmt: skip
+    names = {plan.name: recruits[plan.rank] for plan in plans[1:]}
+    offsets = {name: recruit.offset_ns for name, recruit in names.items()}
+    places = {
+        name: "" if recruit.about.host == here else f" on {recruit.about.host}"
+        for name, recruit in names.items()
+    }
+    team = Team(_Listener(wiring, offsets).heard)
+
+    def check() -> None:
+        # first: when a rank dies, torchrun ends the others by a signal, which is not the cause
+        team.check()
+        wiring.check()
+
+    with _undone(team, crew.close_stores) as cleanup:
+        team.join(
+            (Member(plan.name, plan.device + places[plan.name], plan), names[plan.name].connection)
+            for plan in plans[1:]
+        )
+        return _join(plans[STAGE0], device, team, replace(wiring, check=check), cleanup)
+
+
+@contextmanager
+def _undone(team: Team, cleanup: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Ends what was begun when building a pipeline fails; gives `cleanup`, for the pipeline's own end."""
+    try:
+        yield cleanup
     except BaseException:
         team.close()
         leave_group()
-        shutil.rmtree(folder, ignore_errors=True)
+        cleanup()
         raise
+
+
+def check_crew(topology: Topology, device: torch.device, recruits: Iterable[Recruit]) -> None:
+    """Raises `UsageError` for a rank whose node has no CUDA device of its LOCAL_RANK."""
+    if device.type != "cuda":
+        return
+    for recruit in recruits:
+        about = recruit.about
+        if about.local_rank >= about.devices:
+            raise UsageError(
+                f"topology {topology}: rank {about.rank} has LOCAL_RANK {about.local_rank}, expected below "
+                f"{about.devices}, the CUDA devices of {about.host}; start fewer ranks there"
+            )
 
 
 def check_devices(topology: Topology, device: torch.device) -> None:
@@ -103,20 +173,21 @@ def check_devices(topology: Topology, device: torch.device) -> None:
         raise UsageError(f"topology {topology}: {topology.devices} devices > {count} on this machine")
 
 
-def device_of(first: torch.device, rank: int) -> str:
-    """The device of a rank."""
-    return f"cuda:{rank}" if first.type == "cuda" else "cpu"
+def device_of(first: torch.device, index: int) -> str:
+    """The device of a rank: CUDA's number `index` of its machine, or the CPU."""
+    return f"cuda:{index}" if first.type == "cuda" else "cpu"
 
 
 @dataclass(frozen=True)
 class _Listener:
-    """What ranks say, into the recording and the loading progress."""
+    """What ranks say, into the recording and the loading progress. offsets_ns: of other machines' clocks."""
 
     wiring: Wiring
+    offsets_ns: Mapping[str, int] = field(default_factory=dict)
 
     def heard(self, name: str, message: Spans | Loading) -> None:
         if isinstance(message, Spans):
-            self.wiring.recorder.absorb(message.batch)
+            self.wiring.recorder.absorb(message.batch, self.offsets_ns.get(name, 0))
         else:
             self.wiring.progress(f"{name}: {message.part}", message.seconds)
 
@@ -175,6 +246,24 @@ def work(pipe: Connection, plan: Assignment) -> None:
         serve(roles, _link(plan, device, groups), pipe, recorder)
 
 
+def follow_runs(pipe: Connection, plan: Assignment) -> None:
+    """One run of a rank that torchrun started; what it took is given back, for there may be another."""
+    import gc
+
+    from wanrt.pipeline.build import find_files
+
+    try:
+        # its own: another node may keep its weights elsewhere
+        work(pipe, replace(plan, files=find_files(plan.job)))
+    finally:
+        leave_group()
+    gc.collect()
+    if plan.device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 @dataclass(frozen=True)
 class Groups:
     """The process groups this rank is in. down: stage 0 and the mesh, where there are others; None: not in it."""
@@ -187,7 +276,9 @@ class Groups:
 def _enter(plan: Assignment, device: torch.device) -> Groups:
     """Joins the world and this rank's groups. Every rank makes the same calls."""
     ranks = plan.topology.ranks()
-    join_group(plan.backend, plan.store, plan.rank, len(ranks), plan.watchdog_s, device)
+    join_group(
+        plan.backend, plan.store, plan.rank, len(ranks), plan.watchdog_s, device, loopback=plan.one_machine
+    )
     mesh = _group(plan, [rank.rank for rank in ranks if rank.mesh is not None])
     if plan.topology.vae == 1:
         return Groups(mesh, None, None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanrt.errors import RunError
 from wanrt.parallel.team import Spans, Team, answering
@@ -212,24 +212,34 @@ def _make_chunk(mesh: Mesh, link: Link, header: Header, *, answers: bool) -> Non
 
 
 def join_group(
-    backend: str, store: str, rank: int, size: int, timeout_s: float, device: torch.device
+    backend: str, store: str, rank: int, size: int, timeout_s: float, device: torch.device, *, loopback: bool
 ) -> None:
-    """Makes this process rank `rank` of `size`. `store`: a file that all ranks reach and nobody else uses."""
+    """Makes this process rank `rank` of `size`.
+
+    store: where all ranks of this run, and nobody else, meet: `file:///PATH` of this machine, or `tcp://HOST:PORT` of
+    a store that is there already. loopback: all ranks are on this machine.
+    """
     import datetime
     import os
 
     import torch.distributed as dist
 
-    if backend == "gloo":
-        os.environ.setdefault(
-            "GLOO_SOCKET_IFNAME", "lo"
-        )  # ranks of one machine; its host name may not resolve
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if store.startswith("tcp://"):
+        host, _, port = store.removeprefix("tcp://").rpartition(":")
+        met: dict[str, Any] = {
+            "store": dist.TCPStore(host, int(port), None, is_master=False, timeout=timeout)
+        }
+    else:
+        met = {"init_method": store}
+    if backend == "gloo" and loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name may not resolve
     dist.init_process_group(
         backend,
-        init_method=f"file://{store}",
+        **met,
         rank=rank,
         world_size=size,
-        timeout=datetime.timedelta(seconds=timeout_s),
+        timeout=timeout,
         device_id=device if backend == "nccl" else None,
     )
 

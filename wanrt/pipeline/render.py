@@ -14,6 +14,7 @@ from wanrt.pipeline.signals import ending_on_signals
 if TYPE_CHECKING:
     from wanrt.output import QueuedSink, Sink
     from wanrt.panel import Observer, Snapshot, Summary
+    from wanrt.parallel.crew import Crew
     from wanrt.pipeline.monitor import Monitor
     from wanrt.script import RenderJob
     from wanrt.telemetry import Recorder
@@ -32,13 +33,18 @@ class RenderResult:
 
 
 def render(
-    job: RenderJob, observer: Observer, *, cancel: Cancel | None = None, started_ns: int | None = None
+    job: RenderJob,
+    observer: Observer,
+    *,
+    cancel: Cancel | None = None,
+    started_ns: int | None = None,
+    crew: Crew | None = None,
 ) -> RenderResult:
     """Makes the video of `job`, tells `observer` how it goes, and closes it.
 
     The target is checked before anything is loaded. Whatever ends the run (a signal, `cancel`, an error), frames
     made so far are in a finished file. `started_ns` (`time.perf_counter_ns`): when the command began, for the
-    time to the first frame.
+    time to the first frame. `crew`: ranks that torchrun started, which the topology must use up.
 
     Raises `UsageError` or `WeightsError` before anything is made, `CancelledError` (exit code 130 or 143) when the
     run was asked to end, `RunError` or `OutputError` when it failed.
@@ -47,8 +53,8 @@ def render(
 
     cancel = cancel or Cancel()
     monitor = Monitor(job, observer, started_ns, lambda: cancel.asked)
-    with ending_on_signals(cancel):
-        run = _Render(job, cancel, monitor, started_ns)
+    with ending_on_signals(cancel, launched=crew is not None):
+        run = _Render(job, cancel, monitor, started_ns, crew)
         try:
             run.check()
             monitor.load(LIBRARY, None)  # before the first snapshot, which would be empty without it
@@ -63,8 +69,15 @@ def render(
 class _Render(Run):
     """One render from its checks to its finished file."""
 
-    def __init__(self, job: RenderJob, cancel: Cancel, monitor: Monitor, started_ns: int | None) -> None:
-        super().__init__(job, cancel, monitor, started_ns)
+    def __init__(
+        self,
+        job: RenderJob,
+        cancel: Cancel,
+        monitor: Monitor,
+        started_ns: int | None,
+        crew: Crew | None = None,
+    ) -> None:
+        super().__init__(job, cancel, monitor, started_ns, crew)
         self._output: Path | None = None
 
     def _check_outputs(self) -> set[Path]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from wanrt.output import PixelFormat, Sink, VideoSpec
     from wanrt.panel import Snapshot
+    from wanrt.parallel.crew import Crew
     from wanrt.pipeline.loop import Frames, Pipeline
     from wanrt.pipeline.monitor import Monitor
     from wanrt.script import RenderJob
@@ -30,8 +31,17 @@ LIBRARY = "PyTorch"  # the first thing that is loaded, and on most machines the 
 class Run(ABC):
     """One run from its checks to its finished outputs; the outputs are the subclass's."""
 
-    def __init__(self, job: RenderJob, cancel: Cancel, monitor: Monitor, started_ns: int | None) -> None:
+    def __init__(
+        self,
+        job: RenderJob,
+        cancel: Cancel,
+        monitor: Monitor,
+        started_ns: int | None,
+        crew: Crew | None = None,
+    ) -> None:
         self._job, self._cancel, self._monitor, self._started_ns = job, cancel, monitor, started_ns
+        self._crew = crew
+        self._pipeline: Pipeline | None = None
         self._recorder: Recorder | None = None
         self._stopped = ""
         self._error: WanrtError | None = None
@@ -73,7 +83,8 @@ class Run(ABC):
 
             self._files = find_files(self._job)
             self._device = choose_device(self._job.device)
-        self._job = settle_topology(self._job, self._device)
+        world = None if self._crew is None else self._crew.world
+        self._job = settle_topology(self._job, self._device, world)
 
     def _make(self) -> None:
         from wanrt.pipeline.build import Wiring, build_pipeline, make_recorder
@@ -84,11 +95,10 @@ class Run(ABC):
         log.info("device %s, %d threads", device, set_threads(device))
         self._recorder = recorder = make_recorder(job, device, self._started_ns)
         sink = self._open_sink(recorder)
-        pipeline: Pipeline | None = None
         try:
             convert = converter(sink.spec, sink.pixel_format, device)
-            wiring = Wiring(recorder, self._check, self._monitor.load, convert)
-            pipeline = build_pipeline(job, self._files, device, wiring)
+            wiring = Wiring(recorder, self._check, self._monitor.load, convert, self._crew)
+            self._pipeline = pipeline = build_pipeline(job, self._files, device, wiring)
             self._monitor.watch(recorder, lambda snapshot: self._numbers(snapshot, sink))
             self._pump(pipeline, sink)
         finally:
@@ -96,8 +106,8 @@ class Run(ABC):
             try:
                 self._finish(sink)  # first: ranks that hang must not keep the file from being whole
             finally:
-                if pipeline is not None:
-                    pipeline.close()
+                if self._pipeline is not None:
+                    self._pipeline.close()
 
     def _pump(self, pipeline: Pipeline, sink: Sink) -> None:
         """Frames from the pipeline to the sink, to the last."""
@@ -125,7 +135,12 @@ class Run(ABC):
         """The snapshot with what the outputs know."""
 
     def _check(self) -> None:
-        """Raises to end the run; called between passes and between two files."""
+        """Raises to end the run; called between passes and between two files.
+
+        A rank's failure first: torchrun ends the others by a signal then, which is not the cause.
+        """
+        if self._pipeline is not None:
+            self._pipeline.check()
         self._cancel.check()
 
     def _delivered(self, frames: Frames) -> bool:

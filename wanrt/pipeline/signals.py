@@ -18,11 +18,13 @@ log = logging.getLogger("wanrt.pipeline")
 
 
 @contextmanager
-def ending_on_signals(cancel: Cancel) -> Iterator[None]:
+def ending_on_signals(cancel: Cancel, *, launched: bool = False) -> Iterator[None]:
     """Inside the block the first SIGINT, SIGTERM or SIGHUP asks `cancel`; a second kills the process at once.
 
-    Handlers are restored at the end. SIGHUP stays ignored under nohup. Outside the main thread Python sets no
-    handlers: then this does nothing.
+    launched: by torchrun, which sends SIGTERM to every rank when one has ended, and again while they end: more signals
+    then change nothing, and the handlers stay. Else handlers are restored at the end.
+
+    SIGHUP stays ignored under nohup. Outside the main thread Python sets no handlers: then this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         log.debug("signals are not handled: the run is not on the main thread")
@@ -30,6 +32,8 @@ def ending_on_signals(cancel: Cancel) -> Iterator[None]:
         return
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
+        if cancel.asked and launched:
+            return
         if cancel.asked:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
@@ -42,5 +46,5 @@ def ending_on_signals(cancel: Cancel) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in [] if launched else before.items():
             signal.signal(number, handler)

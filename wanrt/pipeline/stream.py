@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from wanrt.output.live import LiveSink
     from wanrt.output.serve import PageServer
     from wanrt.panel import Live, Observer, Snapshot, Summary
+    from wanrt.parallel.crew import Crew
     from wanrt.pipeline.loop import Frames
     from wanrt.pipeline.monitor import Monitor
     from wanrt.pipeline.session import Session
@@ -68,11 +69,12 @@ def stream(
     *,
     cancel: Cancel | None = None,
     started_ns: int | None = None,
+    crew: Crew | None = None,
 ) -> StreamResult:
     """Streams the video of `job` until its length is reached, somebody stops it, or a signal comes.
 
     Targets are checked before anything is loaded; `observer` is told how it goes, and closed. Recordings are
-    finished however the stream ends.
+    finished however the stream ends. `crew`: ranks that torchrun started, which the topology must use up.
 
     Raises `UsageError` or `WeightsError` before anything is made, `CancelledError` (exit code 130 or 143) after a
     signal, `RunError` or `OutputError` when the run failed, or no output was left to write to.
@@ -85,8 +87,8 @@ def stream(
     session = Session(job, timeline)
     live = replace(job, timeline=timeline, output=None)  # type: ignore[arg-type]
     monitor = Monitor(live, observer, started_ns, lambda: cancel.asked)
-    run = _Stream(live, plan, session, observer, cancel, monitor, started_ns)
-    with ending_on_signals(cancel):
+    run = _Stream(live, plan, session, observer, cancel, monitor, started_ns, crew)
+    with ending_on_signals(cancel, launched=crew is not None):
         try:
             run.check()
             with ExitStack() as stack:
@@ -112,8 +114,9 @@ class _Stream(Run):
         cancel: Cancel,
         monitor: Monitor,
         started_ns: int | None,
+        crew: Crew | None = None,
     ) -> None:
-        super().__init__(job, cancel, monitor, started_ns)
+        super().__init__(job, cancel, monitor, started_ns, crew)
         self._plan, self._session, self._observer = plan, session, observer
         self._page: PageServer | None = None
         self._live: LiveSink | None = None
@@ -192,7 +195,7 @@ class _Stream(Run):
         self._begun = True
         ahead = 0.0 if self._live is None else self._live.state.waiting - frames.count / float(self._job.fps)
         self._session.delivered(frames.chunk, max(0.0, ahead))
-        return self._session.proceed(self._cancel.check)
+        return self._session.proceed(self._check)
 
     def _finish(self, sink: Sink) -> None:
         """Ends the streams and completes the recordings with the whole chunks that were made."""

@@ -24,7 +24,7 @@ from wanrt.weights.checkpoint import Checkpoint, describe_sizes, open_checkpoint
 from wanrt.weights.lora import BASE_ENTRIES, merge_lora
 from wanrt.weights.names import Kind
 from wanrt.weights.precision import stored_dtype
-from wanrt.weights.sources import MODEL_ENTRIES, Index, TensorSource
+from wanrt.weights.sources import MODEL_ENTRIES, Index, TensorSource, sliced_shape
 
 logger = logging.getLogger("wanrt.weights")
 
@@ -242,7 +242,11 @@ class _Reader:
                 f"{self.checkpoint.path}: {name} is {source.dtype(stored)}; expected floating-point weights"
                 " (quantised checkpoints are not supported)"
             )
-        index = slicer(name, source.shape(stored)) if slicer else None
+        index = None
+        if slicer:
+            # a tensor that is whole, too: touching the mapping would read what lies around it
+            shape = source.shape(stored)
+            index = slicer(name, shape) or (slice(None),) * len(shape)
         tensor = source.read(stored, index).to(self.device).to(dtype)
         tensor = tensor.contiguous()
         self._finite[name] = is_finite(tensor)
@@ -275,9 +279,7 @@ def _sizes(checkpoint: Checkpoint, kind: type[Sizes]) -> Sizes:
 
 
 def _sliced(shape: Shape, index: Index | None) -> Shape:
-    if index is None:
-        return shape
-    return tuple(len(range(*part.indices(size))) for size, part in zip(shape, index, strict=True))
+    return shape if index is None else sliced_shape(shape, index)
 
 
 def _finding_order(finding: str) -> tuple[int, str]:

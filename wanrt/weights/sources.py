@@ -6,10 +6,14 @@ asked. What a file is, is decided by its first bytes, never by its name.
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+import os
 import pickle
 import re
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +29,8 @@ from wanrt.weights.files import find_checkpoints, one_line, read_index
 logger = logging.getLogger("wanrt.weights")
 
 Index = tuple[slice, ...]
+
+SCRATCH = 4 << 20  # bytes of lines that parts are cut from at a time: memory that stays warm
 
 # Entries of a training checkpoint that hold the model, best first. Self-Forcing's README samples with the EMA
 # weights (guandeh17/Self-Forcing README.md at 33593df), so they win where a file has both.
@@ -68,7 +74,8 @@ class TensorSource(ABC):
     def read(self, name: str, index: Index | None = None) -> Tensor:
         """The tensor on the CPU in its stored dtype, or the part of it that `index` (one slice per axis) selects.
 
-        Whole tensors are views of the memory-mapped file where that is possible: treat them as read-only.
+        Without `index` the tensor is a view of the memory-mapped file where that is possible: treat it as read-only.
+        With one, no more of the file is read than its lines along the first axis, each whole.
         """
 
     def metadata(self) -> Mapping[str, str]:
@@ -77,7 +84,11 @@ class TensorSource(ABC):
 
 
 class SafetensorsSource(TensorSource):
-    """One memory-mapped safetensors file."""
+    """One memory-mapped safetensors file; parts of tensors are read beside the mapping.
+
+    A mapping reads ahead, on some systems 8 MiB at every first touch: a rank that takes a part of each tensor would
+    have read the whole file.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises WeightsError when the header is damaged or promises more bytes than the file has."""
@@ -85,6 +96,7 @@ class SafetensorsSource(TensorSource):
         try:
             self._file = safe_open(path, framework="pt", device="cpu")
             self._names = dict.fromkeys(self._file.keys())
+            self._lines: LineReader | None = None
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightsError(
                 f"{path}: damaged safetensors file ({one_line(error)}); fetch it again"
@@ -108,17 +120,82 @@ class SafetensorsSource(TensorSource):
     def read(self, name: str, index: Index | None = None) -> Tensor:
         """See TensorSource."""
         if index is None:
-            return self._file.get_tensor(name)
-        return self._slice(name)[index]
+            return self._whole(name)
+        if self._lines is None:
+            self._lines = LineReader(self.path)
+        return self._lines.read(name, self.shape(name), self.dtype(name), index)
 
     def metadata(self) -> Mapping[str, str]:
         """See TensorSource."""
         return self._file.metadata() or {}
 
+    def _whole(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
     def _slice(self, name: str) -> Any:
         if name not in self._names:
             raise KeyError(name)
         return self._file.get_slice(name)
+
+
+class LineReader:
+    """Reads lines of tensors along their first axis out of a safetensors file, and nothing around them.
+
+    A part along another axis is cut from its lines whole: those of several ranks share the disk's pages.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        header = json.loads(os.pread(self._descriptor, length, 8))
+        self._begin = {
+            name: 8 + length + about["data_offsets"][0]
+            for name, about in header.items()
+            if name != "__metadata__"
+        }
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, index: Index) -> Tensor:
+        """The part `index` of a tensor of this shape and dtype. Raises WeightsError when the file ends first."""
+        part = torch.empty(sliced_shape(shape, index), dtype=dtype)
+        if not part.numel():
+            return part
+        first, step = (index[0].indices(shape[0])[::2]) if shape else (0, 1)
+        whole_lines = step == 1 and part.shape[1:] == shape[1:]
+        if whole_lines:
+            self._fill(part, name, first * math.prod(shape[1:]))
+            return part
+        line = math.prod(shape[1:])
+        block = max(1, SCRATCH // (line * dtype.itemsize))
+        scratch = torch.empty((min(block, len(part)), *shape[1:]), dtype=dtype)
+        for done in range(0, len(part), block):
+            here = part[done : done + block]
+            lines = scratch[: len(here)]
+            if step == 1:
+                self._fill(lines, name, (first + done) * line)
+            else:
+                for i in range(len(here)):
+                    self._fill(lines[i], name, (first + (done + i) * step) * line)
+            here.copy_(lines[(slice(None), *index[1:])])
+        return part
+
+    def _fill(self, tensor: Tensor, name: str, skipped: int) -> None:
+        """Reads a contiguous tensor's values, `skipped` of them after the stored one's first."""
+        room = tensor.reshape(-1).view(torch.uint8).numpy().data
+        at = self._begin[name] + skipped * tensor.dtype.itemsize
+        while room.nbytes:
+            got = os.preadv(self._descriptor, [room], at)
+            if got == 0:
+                raise WeightsError(f"{self._path}: ends inside {name}; fetch it again")
+            room, at = room[got:], at + got
+
+
+def sliced_shape(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
+    """Shape of the part `index` of a tensor."""
+    return tuple(len(range(*part.indices(size))) for size, part in zip(shape, index, strict=True))
 
 
 class ShardedSource(TensorSource):
