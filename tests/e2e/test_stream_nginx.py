@@ -78,6 +78,11 @@ def test_absent_steered_restarted(streaming, nginx, tmp_path, decode):
     status = run.status()
     printed = run.end()
 
+    measured = json.loads((tmp_path / "s.json").read_text())
+    (latency,) = measured["settings"]["prompt_to_pixel_s"]
+    assert latency == status["prompt_to_pixel_s"]
+    period, queue = measured["stats"]["period"]["max_ms"] / 1000, measured["settings"]["latency_s"]
+    assert latency <= 2 * period + queue, "prompt to pixel: at most two chunk periods and the queue"
     assert check_recording(tmp_path / "rec.mp4", tmp_path / "s.json") > 0
     recorded, _ = decode(tmp_path / "rec.mp4")
     first = 12 * chunk - 3
@@ -87,7 +92,7 @@ def test_absent_steered_restarted(streaming, nginx, tmp_path, decode):
     assert np.abs(recorded[first + 8].astype(int) - streamed[-1]).mean() < 40
     steps = {round(b - a, 3) for a, b in pairwise(packets(nginx.whole()))}
     assert steps == {1 / FPS}, "a constant rate, timestamps in order"
-    counted = json.loads((tmp_path / "s.json").read_text())["settings"]["live"]["targets"][0]
+    counted = measured["settings"]["live"]["targets"][0]
     assert counted["connections"] == 2
     assert counted["dropped"] > 0
     everything = [run.talk, printed, json.dumps(status), (tmp_path / "s.json").read_text()]
