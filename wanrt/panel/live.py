@@ -84,6 +84,9 @@ class LivePanel:
 
     An error while painting is kept and raised from the next call, so that whoever holds the panel can go on
     with plain lines. With `thread=False` nothing is painted until `paint` is called (tests).
+
+    `foreground`: whether the terminal is this process's. Sent to the background, the panel leaves the screen to
+    others, and begins anew when it is back. One that was never in the foreground (`timeout wanrt ...`) paints.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class LivePanel:
         clock: Callable[[], float],
         console: Console,
         thread: bool = True,
+        foreground: Callable[[], bool] = lambda: True,
     ) -> None:
         self._painter = Painter(stream, console, size)
         self._size = size
@@ -102,6 +106,8 @@ class LivePanel:
         self._snapshot: Snapshot | None = None
         self._taken_s = 0.0
         self._typed: Typed | None = None
+        self._foreground = foreground
+        self._was_here = self._away = False
         self._lock = threading.Lock()
         self._begun = threading.Event()  # there is something to paint, or nothing ever will be
         self._stop = threading.Event()
@@ -124,6 +130,7 @@ class LivePanel:
         self._raise()
         style = layout.BAD if level >= logging.ERROR else layout.WARN if level >= logging.WARNING else ""
         with self._lock:
+            self._may_paint()
             self._painter.print([Text(one_line(line), style)])
 
     def typing(self, typed: Typed) -> bool:
@@ -145,6 +152,7 @@ class LivePanel:
             self._thread.join(timeout=2)
         self._raise()
         with self._lock:
+            self._may_paint()
             self._painter.paint([], self._farewell(summary) if summary else ())
 
     def _farewell(self, summary: Summary) -> list[Text]:
@@ -159,12 +167,22 @@ class LivePanel:
     def paint(self) -> None:
         """Show the newest snapshot as of now."""
         with self._lock:
-            if self._snapshot is None:
+            if self._snapshot is None or not self._may_paint():
                 return
             columns, rows = self._size()
             age = max(0.0, self._clock() - self._taken_s)
             view = layout.View(columns, rows, self._glyphs, age, self._typed)
             self._painter.paint(layout.lines(self._snapshot, view))
+
+    def _may_paint(self) -> bool:
+        """Whether the panel may be shown; what was shown before is forgotten when others may have written since."""
+        here = self._foreground()
+        self._was_here |= here
+        away = self._was_here and not here
+        if away or self._away:
+            self._painter.forget()
+        self._away = away
+        return not away
 
     def _run(self) -> None:
         self._begun.wait()  # the first snapshot is shown at once: what follows may hold the interpreter for seconds

@@ -88,7 +88,21 @@ def _live(stream: TextIO, env: Mapping[str, str], clock: Callable[[], float]) ->
     from wanrt.panel.live import LivePanel
 
     console = Console(file=stream, force_terminal=True, _environ=env, no_color=bool(env.get("NO_COLOR")))
-    return LivePanel(stream, size=lambda: terminal_size(stream), clock=clock, console=console)
+    return LivePanel(
+        stream,
+        size=lambda: terminal_size(stream),
+        clock=clock,
+        console=console,
+        foreground=lambda: in_foreground(stream),
+    )
+
+
+def in_foreground(stream: TextIO) -> bool:
+    """Whether this process's group has the terminal behind `stream`; True when that is not its own terminal."""
+    try:
+        return os.tcgetpgrp(stream.fileno()) == os.getpgrp()
+    except (OSError, ValueError):
+        return True
 
 
 def terminal_size(stream: TextIO) -> tuple[int, int]:
