@@ -22,6 +22,8 @@ if not torch.cuda.is_available():
 # Rank processes import the test functions that they run by name; last, so that the installed package is tested.
 sys.path.append(str(Path(__file__).parents[1]))
 
+pytest_plugins = ("tests.browser", "tests.servers")
+
 # Where tests run under nohup, the programs they start would rightly ignore SIGHUP.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

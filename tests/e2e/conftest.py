@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 
 import imageio_ffmpeg
 import numpy as np
@@ -51,3 +53,73 @@ def decode():
 def events():
     """The objects of a --json-progress run's stderr; every line must be one."""
     return lambda text: [json.loads(line) for line in text.splitlines()]
+
+
+class Streaming:
+    """`wanrt stream` as a process of its own, asked over its control socket."""
+
+    def __init__(self, place, args):
+        command = [sys.executable, "-m", "wanrt", "stream", *map(str, args)]
+        self.error = (place / "stderr").open("wb")
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=self.error, stdin=subprocess.DEVNULL, text=True, cwd=place
+        )
+        self.place = place
+
+    @property
+    def talk(self):
+        """What it has said on stderr so far."""
+        return (self.place / "stderr").read_text()
+
+    def status(self):
+        """What `wanrt status` shows; {} while it is not there yet."""
+        return ask("status") or {}
+
+    def target(self):
+        """The first live target's numbers; phase "" before there are any."""
+        live = self.status().get("live")
+        return live["targets"][0] if live else {"phase": "", "sent": 0, "connections": 0, "error": ""}
+
+    def until(self, condition, seconds=100):
+        """Waits for something to happen while it runs."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.talk[-2000:]
+            assert time.monotonic() < deadline, self.talk[-2000:]
+            time.sleep(0.05)
+
+    def end(self):
+        """Stops it; what it printed."""
+        ask("stop")
+        out, _ = self.process.communicate(timeout=100)
+        assert self.process.returncode == 0, self.talk[-2000:]
+        return out
+
+
+def ask(command, **fields):
+    """An answer of the only run, without a process for each question; None when nobody answers."""
+    from wanrt.errors import WanrtError
+    from wanrt.pipeline import control
+
+    try:
+        return control.ask(control.find_run(None), command, **fields)
+    except WanrtError:
+        return None
+
+
+@pytest.fixture
+def streaming(monkeypatch, tmp_path):
+    """Starts `wanrt stream` with a runtime directory of the test's own."""
+    started = []
+
+    def start(*args):
+        started.append(Streaming(tmp_path, args))
+        return started[-1]
+
+    with tempfile.TemporaryDirectory(prefix="w") as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        yield start
+        for run in started:
+            run.process.kill()
+            run.process.wait()
+            run.error.close()

@@ -7,6 +7,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 
@@ -20,7 +21,7 @@ from wanrt.output.address import Address
 from wanrt.output.delivery import DeliveryPhase
 from wanrt.output.live import LiveSink, default_bits
 from wanrt.output.pacing import Pace
-from wanrt.output.rtmp import RefusedError, RtmpConnection
+from wanrt.output.rtmp import RefusedError, RtmpConnection, bound_unsent
 from wanrt.output.tee import TeeSink
 
 SPEC = VideoSpec(96, 64, 48)  # fast, so that two seconds of GOP pass soon
@@ -267,6 +268,29 @@ def test_a_server_that_stops_reading(receiver, free_port, tmp_path, movie, event
     assert sink.state.targets[0].sent >= sent + 24
     assert sink.state.targets[0].connections == 1
     sink.abort()
+
+
+def accepted(bound):
+    """Bytes that go into a connection nobody reads from."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+        with socket.create_connection(listener.getsockname()) as line, listener.accept()[0]:
+            if bound is not None:
+                bound_unsent(line, bound)
+            line.settimeout(0.5)
+            total = 0
+            with contextlib.suppress(TimeoutError):
+                while total < 50_000_000:
+                    total += line.send(bytes(4096))
+            return total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what other systems do differs")
+def test_little_waits_below_the_queue_for_a_server_that_stops_reading():
+    """Else seconds, or minutes, of old video would be sent when it reads again."""
+    free, bound = accepted(None), accepted(16_384)
+    assert bound < free / 4
+    assert accepted(65_536) - bound == pytest.approx(65_536 - 16_384, abs=32_768)
 
 
 def test_refused_everywhere_is_an_error(monkeypatch, movie, eventually):

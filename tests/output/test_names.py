@@ -91,9 +91,9 @@ def test_existing_files_need_force(tmp_path):
 
 def test_directories_are_checked(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="no such directory; create it"):
+    with pytest.raises(UsageError, match="no such directory; create it"):
         check_target(tmp_path / "none" / "a.mp4")
-    with pytest.raises(OutputError, match="is a file"):
+    with pytest.raises(UsageError, match="is a file"):
         check_target(tmp_path / "file" / "a.mp4")
     check_target(f"{tmp_path}/none/frames/")
     assert [file.name for file in tmp_path.iterdir()] == ["file"], "a check leaves nothing behind"

@@ -2,12 +2,9 @@
 
 import logging
 import re
-import shutil
-import subprocess
 import threading
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 
@@ -17,51 +14,7 @@ from wanrt.output.delivery import DeliveryPhase
 from wanrt.output.live import LiveSink
 from wanrt.output.tee import TeeSink
 
-MODULE = Path("/usr/lib/nginx/modules/ngx_rtmp_module.so")
 SPEC = VideoSpec(96, 64, 48)
-CONFIGURATION = """
-load_module {module};
-daemon off; master_process off; pid {place}/pid; error_log {place}/error.log info;
-events {{ worker_connections 64; }}
-rtmp {{ server {{
-    listen 127.0.0.1:{port}; chunk_size 4096; ping 1s;
-    application live {{ live on; hls on; hls_path {place}/hls; hls_fragment 1s; hls_playlist_length 60s; }}
-    application closed {{ live on; deny publish all; }}
-}} }}
-"""
-
-
-class Nginx:
-    """A server that can be stopped and started at the same port."""
-
-    def __init__(self, place, port):
-        self.place, self.port, self.process = place, port, None
-        (place / "hls").mkdir()
-        text = CONFIGURATION.format(module=MODULE, place=place, port=port)
-        (place / "nginx.conf").write_text(text)
-
-    def start(self):
-        command = ["nginx", "-p", self.place, "-c", self.place / "nginx.conf", "-e", self.place / "error.log"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def stop(self):
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-
-    def url(self, app="live"):
-        return f"rtmp://127.0.0.1:{self.port}/{app}/s3cret"
-
-
-@pytest.fixture
-def nginx(tmp_path, free_port):
-    if not shutil.which("nginx") or not MODULE.exists():
-        pytest.skip("needs nginx and libnginx-mod-rtmp (apt install libnginx-mod-rtmp)")
-    place = tmp_path / "nginx"
-    place.mkdir()
-    server = Nginx(place, free_port())
-    yield server
-    server.stop()
 
 
 @pytest.fixture
@@ -99,18 +52,15 @@ def is_live(sink):
 
 def test_hls_of_nginx_plays(nginx, decode, movie, eventually):
     nginx.start()
-    eventually(lambda: (nginx.place / "pid").exists())
+    nginx.wait()
     sink = LiveSink([nginx.url()], SPEC, threads=1)
     eventually(lambda: is_live(sink))
     frames = movie(108)
     for at in range(0, 108, 12):
         sink.write(frames[at : at + 12])
     sink.finish()
-    playlist = nginx.place / "hls" / "s3cret.m3u8"
-    eventually(playlist.exists)
-    whole = playlist.with_name("whole.m3u8")
-    whole.write_text(playlist.read_text() + "#EXT-X-ENDLIST\n")  # else ffmpeg waits for more
-    got = decode(whole)
+    eventually(nginx.playlist.exists)
+    got = decode(nginx.whole())
     assert 96 <= len(got.frames) <= 108, "whole segments of one GOP"
     steps = {b - a for a, b in zip(got.starts, got.starts[1:], strict=False)}
     assert all(abs(step - Fraction(1, 48)) <= Fraction(1, 1000) for step in steps)
@@ -120,7 +70,7 @@ def test_hls_of_nginx_plays(nginx, decode, movie, eventually):
 @pytest.mark.parametrize("app", ["closed", "nothing"])
 def test_refused(nginx, movie, eventually, caplog, app):
     nginx.start()
-    eventually(lambda: (nginx.place / "pid").exists())
+    nginx.wait()
     with caplog.at_level(logging.DEBUG):
         sink = LiveSink([nginx.url(app)], SPEC, threads=1)
         eventually(lambda: sink.state.targets[0].error)

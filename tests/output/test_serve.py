@@ -3,9 +3,6 @@
 import http.client
 import json
 import logging
-import os
-import shutil
-import subprocess
 import threading
 import time
 from urllib.parse import urlsplit
@@ -251,69 +248,6 @@ def test_where_it_listens(session, caplog):
     assert "everybody there who knows the address" in caplog.text
 
 
-class Chromium:
-    """A headless Chromium, driven over a pipe with the DevTools protocol."""
-
-    def __init__(self, profile):
-        to_browser, commands = os.pipe()
-        events, from_browser = os.pipe()
-        flags = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run"
-        flags += " --remote-debugging-pipe --disable-extensions --disable-background-networking --mute-audio"
-        shell = f'exec chromium {flags} --user-data-dir="$0" about:blank 3<&{to_browser} 4>&{from_browser}'
-        self.process = subprocess.Popen(
-            ["bash", "-c", shell, str(profile)],
-            pass_fds=(to_browser, from_browser),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        os.close(to_browser)
-        os.close(from_browser)
-        self._commands, self._events, self._buffer, self._number = commands, events, b"", 0
-        self._session = {}
-
-    def call(self, method, **parameters):
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters, **self._session}
-        os.write(self._commands, json.dumps(message).encode() + b"\0")
-        while True:
-            while b"\0" not in self._buffer:
-                data = os.read(self._events, 65536)
-                assert data, "chromium has ended"
-                self._buffer += data
-            text, _, self._buffer = self._buffer.partition(b"\0")
-            answer = json.loads(text)
-            if answer.get("id") == self._number:
-                assert "error" not in answer, answer
-                return answer["result"]
-
-    def visit(self, url):
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self._session = {"sessionId": session}
-        self.call("Page.navigate", url=url)
-
-    def run(self, script):
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        os.close(self._commands)
-        os.close(self._events)
-
-
-@pytest.fixture
-def chromium(tmp_path):
-    if not shutil.which("chromium"):
-        pytest.skip("needs chromium")
-    browser = Chromium(tmp_path / "profile")
-    yield browser
-    browser.close()
-
-
 def test_in_chromium_the_video_plays_and_a_typed_prompt_arrives(
     chromium, page, session, streaming, eventually
 ):
@@ -328,16 +262,9 @@ def test_in_chromium_the_video_plays_and_a_typed_prompt_arrives(
     eventually(lambda: chromium.run("document.querySelector('video').currentTime") > before + 1)
     size = "(v => [v.videoWidth, v.videoHeight])(document.querySelector('video'))"
     assert chromium.run(size) == [96, 64]
-    pixels = """(() => {
-        const canvas = document.createElement('canvas'), video = document.querySelector('video');
-        [canvas.width, canvas.height] = [96, 64];
-        const pen = canvas.getContext('2d');
-        pen.drawImage(video, 0, 0);
-        return Array.from(pen.getImageData(0, 0, 96, 64).data);
-    })()"""
-    first = np.array(chromium.run(pixels))
+    first = chromium.picture()
     time.sleep(0.5)
-    second = np.array(chromium.run(pixels))
+    second = chromium.picture()
     assert first.std() > 20, "a picture, not a black box"
     assert np.abs(first - second).mean() > 1, "that moves"
     behind = "(v => v.buffered.end(v.buffered.length - 1) - v.currentTime)(document.querySelector('video'))"

@@ -26,6 +26,7 @@ class Stage:
     def __init__(self, screen, columns, rows, **console):
         self.now = 100.0
         self.size = (columns, rows)
+        self.foreground = True
         self.stream = io.StringIO()
         self.screen = screen(columns, rows)
         settings = {"color_system": "truecolor", "_environ": {}, **console}
@@ -35,6 +36,7 @@ class Stage:
             clock=lambda: self.now,
             console=Console(file=io.TextIOWrapper(io.BytesIO(), "utf-8"), force_terminal=True, **settings),
             thread=False,
+            foreground=lambda: self.foreground,
         )
         self.screen.feed("$ wanrt render prompt.toml -o out.mp4\n")
 
@@ -104,6 +106,21 @@ def test_log_lines_stay_above_in_order(screen, running):
         stage.show(running(5.5 + i))
     assert stage.screen.lines[1:5] == ["line 0 [2J", "line 1 [2J", "line 2 [2J", ""]
     assert "Ball over the bay" in stage.screen.lines[5]
+
+
+def test_a_panel_in_the_background_leaves_the_screen_alone(screen, running):
+    stage = Stage(screen, 80, 24)
+    stage.foreground = False
+    stage.show(running(5))
+    assert "Ball over the bay" in stage.screen.text, "never in the foreground: there is no shell to disturb"
+    stage.foreground = True
+    stage.show(running(6))
+    stage.foreground = False
+    assert stage.show(running(7)) == ""
+    stage.screen.feed("$ ls\na.mp4\n$ fg\n")
+    stage.foreground = True
+    stage.show(running(8))
+    assert "$ fg" in stage.screen.text, "it begins below what others wrote"
 
 
 def test_no_color_keeps_the_shape(screen, running):

@@ -40,6 +40,9 @@ class Watcher:
     def log(self, line, level=0):
         self.lines.append(line)
 
+    def typing(self, typed):
+        return False
+
     def close(self, summary=None):
         self.summary = summary
 
@@ -248,14 +251,14 @@ def test_a_signal_finishes_the_recording(monkeypatch, job, tmp_path, signum):
 def test_keys_are_nowhere(monkeypatch, job, tmp_path, caplog, capfd):
     """An address nobody answers at, a recording, statistics, a trace: none of them knows the key."""
     monkeypatch.setattr(build, "build_pipeline", lambda job, *args: FakePipeline(job))
-    observer = Watcher()
+    observer, addresses = Watcher(), []
     plan = StreamPlan(targets=(URL, f"{tmp_path}/a.mp4", f"{tmp_path}/a.m3u8"), serve=("127.0.0.1", 0))
     timed = replace(job, frames=69, stats=tmp_path / "s.json", trace=tmp_path / "t.json")
 
     with caplog.at_level(logging.DEBUG):
-        result = stream(timed, plan, observer)
+        result = stream(timed, plan, observer, announce=addresses.append)
     said = json.dumps([str(snapshot) for snapshot in observer.snapshots])
-    page = next(line for line in observer.lines if line.startswith("page: ")).rsplit("/", 2)[1]
+    page = addresses[0].rsplit("/", 2)[1]
     everything = [
         caplog.text,
         *capfd.readouterr(),
@@ -269,9 +272,7 @@ def test_keys_are_nowhere(monkeypatch, job, tmp_path, caplog, capfd):
     for secret in (KEY, "hush-hush", "/live/"):
         assert not [text[:200] for text in everything if secret in text], secret
     assert "rtmp://127.0.0.1" in said
-    assert not [text for text in everything if page in text and not text.startswith("page: ")], (
-        "nor the page's token"
-    )
+    assert not [text for text in everything if page in text], "nor the page's token"
     assert json.loads((tmp_path / "s.json").read_text())["settings"]["live"]
 
 
@@ -281,12 +282,13 @@ def test_a_saved_file_is_followed_and_a_broken_edit_is_not(tmp_path, job):
     file, lines = tmp_path / "p.toml", []
     file.write_text('[[scene]]\nprompt = "a ball"\n')
     live = LiveTimeline(build_job(read_script(str(file))).timeline)
-    session = Session(replace(job, timeline=live), live)
+    session = Session(replace(build_job(read_script(str(file))), timeline=live), live)
     watch = FileWatch(
         file,
         lambda: build_job(read_script(str(file))),
         session.follow,
         lambda line, level: lines.append(line),
+        session.fixed,
     )
 
     def saved(text, words):
@@ -306,6 +308,11 @@ def test_a_saved_file_is_followed_and_a_broken_edit_is_not(tmp_path, job):
         assert live.at(2).text == "a star"
         saved('seed = 4\n[[scene]]\nprompt = "the sea again"\n', "from chunk 3")
         assert (live.at(3).text, live.at(3).seed) == ("the sea again", 4)
+        assert not [line for line in lines if "restart" in line]
+        saved('size = "128x64"\nduration = "9s"\n[[scene]]\nprompt = "a moon"\n', "size, duration: as before")
+        assert live.at(4).text == "a moon", "what can change has changed"
+        saved('fps = 30\n[[scene]]\nprompt = "a sun"\n', "fps: cannot change while it streams")
+        assert live.at(5).text == "a moon"
     finally:
         watch.close()
 

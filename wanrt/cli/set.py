@@ -14,10 +14,7 @@ def command(
     run: option.Run = None,
 ) -> None:
     """Change the bias or the steps of a running stream."""
-    from wanrt.errors import UsageError
-    from wanrt.pipeline.control import ask, find_run
+    from wanrt.pipeline.control import ask, find_run, read_settings
 
-    given = dict(setting.partition("=")[::2] for setting in settings)
-    if unknown := set(given) - {"bias", "steps"}:
-        raise UsageError(f"set: got {', '.join(sorted(unknown))}; expected bias=NUMBER or steps=LIST")
+    given = read_settings(settings)
     print(f"from chunk {ask(find_run(run), 'set', **given)['chunk']}")

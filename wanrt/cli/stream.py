@@ -99,6 +99,11 @@ def command(
         with observing(mode) as observer:
             from wanrt.pipeline.stream import stream
 
-            result = stream(job, plan, observer, started_ns=context.obj, crew=crew)
+            def announce(address: str) -> None:
+                print(address, flush=True)  # a result, whatever --quiet
+                if not sys.stdout.isatty():
+                    observer.log(f"page: {address}")
+
+            result = stream(job, plan, observer, started_ns=context.obj, announce=announce, crew=crew)
     for shown in result.outputs:
         print(shown)

@@ -260,7 +260,15 @@ class Delivery:
         gone_since = now if was_live else gone_since
         shortest, longest = self._backoff
         wait = min(longest, max(shortest, (now - gone_since) / 3))
-        log.warning("%s; next attempt in %.0f s", error, wait)
+        news = (
+            was_live or str(error) != self._error
+        )  # else the target's state says it, and the log has said it
+        log.log(
+            logging.WARNING if news else logging.INFO,
+            "%s; next attempt in %.0f s",
+            error,
+            wait,
+        )
         with self._changed:
             self._phase, self._error = DeliveryPhase.WAITING, str(error)
             self._dropped += len(self._packets)

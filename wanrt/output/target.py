@@ -123,7 +123,7 @@ def check_target(path: str | os.PathLike[str], force: bool = False, codec: str |
 
     Raises:
         UsageError: the name is not understood, the codec does not fit, or the file exists and `force` is not
-        given. OutputError: the directory is missing, is not one, or cannot be written.
+        given, the directory is missing or is not one. OutputError: it cannot be written.
     """
     target = Target.parse(path, codec)
     _check_directory(target)
@@ -150,9 +150,9 @@ def _check_directory(target: Target) -> None:
     if target.container == "png" and not directory.exists():  # made at open, as its user expects of DIR/
         directory = next(parent for parent in directory.absolute().parents if parent.exists())
     if not directory.exists():
-        raise OutputError(f"{directory}: no such directory; create it with mkdir -p")
+        raise UsageError(f"{directory}: no such directory; create it with mkdir -p")
     if not directory.is_dir():
-        raise OutputError(f"{directory}: is a file, expected a directory to write {target.name} in")
+        raise UsageError(f"{directory}: is a file, expected a directory to write {target.name} in")
     trial = directory / f".{secrets.token_hex(6)}.wanrt"
     try:  # os.access knows neither read-only mounts nor quotas
         trial.touch(exist_ok=False)

@@ -32,6 +32,8 @@ log = logging.getLogger("wanrt.output")
 
 DATAGRAM = 7 * 188  # MPEG-TS packets that fit an Ethernet frame
 STALL_SECONDS = 10.0
+UNSENT_SECONDS = 0.25  # of video that may wait in the system below the queue, which drops what is too old
+LEAST_UNSENT = 16_384  # bytes; less than a packet or two would starve a good connection
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class RtmpDelivery:
     """FLV tags over RTMP."""
 
     def __init__(self, address: Address, track: LiveTrack) -> None:
-        self._connection = RtmpConnection(address, stall_seconds=STALL_SECONDS)
+        unsent = max(LEAST_UNSENT, round(UNSENT_SECONDS * track.video_bits / 8))
+        self._connection = RtmpConnection(address, stall_seconds=STALL_SECONDS, unsent_bytes=unsent)
         self._track, self._audio, self._first = track, SilentTrack(track.spec), -1
         try:
             for tag in header_tags(track):

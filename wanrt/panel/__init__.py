@@ -1,7 +1,18 @@
 """The live panel, and its plain-line and JSON forms."""
 
 from wanrt.panel.observer import MODES, Mode, Observer, logging_to, make_observer
-from wanrt.panel.snapshot import Live, LiveTarget, LoadStep, Memory, Phase, Queue, Snapshot, StageRow, Summary
+from wanrt.panel.snapshot import (
+    Live,
+    LiveTarget,
+    LoadStep,
+    Memory,
+    Phase,
+    Queue,
+    Snapshot,
+    StageRow,
+    Summary,
+    Typed,
+)
 from wanrt.panel.sources import delay, memory_now, stage_rows
 
 __all__ = [
@@ -17,6 +28,7 @@ __all__ = [
     "Snapshot",
     "StageRow",
     "Summary",
+    "Typed",
     "delay",
     "logging_to",
     "make_observer",

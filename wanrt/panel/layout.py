@@ -10,7 +10,8 @@ from rich.text import Text
 
 from wanrt.panel import bars, words
 from wanrt.panel.bars import Glyphs
-from wanrt.panel.snapshot import LoadStep, Memory, Phase, Snapshot, StageRow
+from wanrt.panel.editor import next_stop, previous_stop
+from wanrt.panel.snapshot import LoadStep, Memory, Phase, Snapshot, StageRow, Typed
 
 # The terminal's own sixteen colours: its user chose them to be readable on its background.
 ACCENT, GOOD, WARN, BAD, DIM = "cyan", "green", "yellow", "red", "bright_black"
@@ -29,12 +30,13 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a paint depends on besides the snapshot: room, glyphs, seconds since the snapshot."""
+    """What a paint depends on besides the snapshot: room, glyphs, seconds since the snapshot, the input line."""
 
     width: int
     height: int
     glyphs: Glyphs = bars.UNICODE
     age: float = 0.0
+    typed: Typed | None = None
 
     @property
     def inner(self) -> int:
@@ -118,7 +120,7 @@ def _running(snapshot: Snapshot, view: View) -> list[Section]:
         *_flow(_resources(snapshot, view), view, rank=50),
         Section(65, _targets(snapshot, view)),
         Section(75, _warnings(snapshot, view)),
-        Section(95, _typed(snapshot, view)),
+        Section(95, _typed(view)),
     ]
 
 
@@ -291,25 +293,45 @@ def _targets(snapshot: Snapshot, view: View) -> list[Text]:
         if target.connections > 1:
             facts.append(_fact("connections", str(target.connections)))
         if target.error and target.phase != "live":
-            facts.append(Text(words.one_line(target.error), DIM))
+            facts.append(Text(words.one_line(target.error.removeprefix(f"{target.name}: ")), DIM))
         label = set_cell_size(clip(target.name, view.inner // 2, view.glyphs), min(name, view.inner // 2))
         lines.append(Text.assemble(label, GAP, _join(facts, view.inner - cell_len(label) - 2)))
     return lines
 
 
-def _typed(snapshot: Snapshot, view: View) -> list[Text]:
-    """The input line, its end in view."""
-    if snapshot.typed is None:
+HINT = "type a prompt, Enter shows it; /blend 2s PROMPT, /seed 7, /set bias=0.3, /pause, /resume, /stop"
+
+
+def _typed(view: View) -> list[Text]:
+    """The input line with its cursor in view; while it is empty, the last answer or what can be typed."""
+    if view.typed is None:
         return []
-    mark = "> "
-    if not snapshot.typed:
-        hint = clip("type a prompt and press Enter", view.inner - len(mark), view.glyphs)
-        return [Text.assemble((mark, ACCENT), (hint, DIM))]
-    text = words.visible(snapshot.typed)
-    room = view.inner - len(mark) - 1
-    while cell_len(text) > room:
-        text = text[1:]
-    return [Text.assemble((mark, ACCENT), text, (" ", "reverse"))]
+    mark, typed, room = "> ", view.typed, view.inner - 2
+    if not typed.text:
+        said = words.one_line(typed.answer) or HINT
+        style = BAD if typed.refused else GOOD if typed.answer else DIM
+        rest = Text(clip(said, room - 2, view.glyphs), style)
+        return [Text.assemble((mark, ACCENT), (" ", "reverse"), " ", rest)]
+    before, at, after = _around(words.visible(typed.text), typed.cursor, room)
+    return [Text.assemble((mark, ACCENT), before, (at, "reverse"), after)]
+
+
+def _around(text: str, cursor: int, room: int) -> tuple[str, str, str]:
+    """As much of `text` as fits in `room` cells with the cursor in it: before the cursor, under it, after it.
+
+    Under the cursor is what one step to the right passes: a letter with its accents, a wide character; a space at
+    the end.
+    """
+    end = next_stop(text, cursor)
+    at = text[cursor:end] or " "
+    start, left = cursor, room - cell_len(at)
+    ahead = min(cell_len(text[end:]), room // 4)  # what comes next stays in view, too
+    while start and cell_len(text[previous_stop(text, start) : cursor]) <= left - ahead:
+        start = previous_stop(text, start)
+    stop, left = end, left - cell_len(text[start:cursor])
+    while stop < len(text) and cell_len(text[end : next_stop(text, stop)]) <= left:
+        stop = next_stop(text, stop)
+    return text[start:cursor], at, text[end:stop]
 
 
 def _memory(memory: Memory) -> Text:
@@ -346,6 +368,7 @@ def _loading(snapshot: Snapshot, view: View) -> list[Section]:
         Section(10, [Text()]),
         Section(80, rows[first : first + room]),
         Section(75, _warnings(snapshot, view)),
+        Section(95, _typed(view)),
     ]
 
 

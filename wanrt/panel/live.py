@@ -15,7 +15,7 @@ from rich.text import Text
 from wanrt.panel import layout
 from wanrt.panel.bars import ASCII, UNICODE
 from wanrt.panel.plain import summary_lines
-from wanrt.panel.snapshot import Snapshot, Summary
+from wanrt.panel.snapshot import Snapshot, Summary, Typed
 from wanrt.panel.words import one_line
 
 BEGIN, END = "\x1b[?2026h", "\x1b[?2026l"  # synchronised update: terminals that know it show a paint at once
@@ -60,6 +60,10 @@ class Painter:
         """Let `lines` scroll by above the panel, which stays."""
         self.paint(self._shown, lines)
 
+    def forget(self) -> None:
+        """Others have written since: the next paint begins where the cursor is."""
+        self._shown, self._codes = [], []
+
     def _home(self, columns: int) -> str:
         """To the panel's first row. A terminal made narrower has wrapped the rows since they were written."""
         rows = sum(max(1, -(-line.cell_len // max(1, columns))) for line in self._shown)
@@ -80,6 +84,9 @@ class LivePanel:
 
     An error while painting is kept and raised from the next call, so that whoever holds the panel can go on
     with plain lines. With `thread=False` nothing is painted until `paint` is called (tests).
+
+    `foreground`: whether the terminal is this process's. Sent to the background, the panel leaves the screen to
+    others, and begins anew when it is back. One that was never in the foreground (`timeout wanrt ...`) paints.
     """
 
     def __init__(
@@ -90,6 +97,7 @@ class LivePanel:
         clock: Callable[[], float],
         console: Console,
         thread: bool = True,
+        foreground: Callable[[], bool] = lambda: True,
     ) -> None:
         self._painter = Painter(stream, console, size)
         self._size = size
@@ -97,9 +105,13 @@ class LivePanel:
         self._glyphs = UNICODE if (console.encoding or "").startswith("utf") else ASCII
         self._snapshot: Snapshot | None = None
         self._taken_s = 0.0
+        self._typed: Typed | None = None
+        self._foreground = foreground
+        self._was_here = self._away = False
         self._lock = threading.Lock()
         self._begun = threading.Event()  # there is something to paint, or nothing ever will be
         self._stop = threading.Event()
+        self._due = threading.Event()  # a paint before its time
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="wanrt-panel", daemon=True) if thread else None
         if self._thread:
@@ -118,16 +130,29 @@ class LivePanel:
         self._raise()
         style = layout.BAD if level >= logging.ERROR else layout.WARN if level >= logging.WARNING else ""
         with self._lock:
+            self._may_paint()
             self._painter.print([Text(one_line(line), style)])
+
+    def typing(self, typed: Typed) -> bool:
+        """Show the input line at once: a typist waits for every letter."""
+        self._raise()
+        with self._lock:
+            if self._typed and typed.resumed != self._typed.resumed:
+                self._painter.forget()
+            self._typed = typed
+        self._due.set()
+        return True
 
     def close(self, summary: Summary | None = None) -> None:
         """Stop painting, take the panel away, and leave the summary in its place."""
         self._stop.set()
         self._begun.set()
+        self._due.set()
         if self._thread:
             self._thread.join(timeout=2)
         self._raise()
         with self._lock:
+            self._may_paint()
             self._painter.paint([], self._farewell(summary) if summary else ())
 
     def _farewell(self, summary: Summary) -> list[Text]:
@@ -142,11 +167,22 @@ class LivePanel:
     def paint(self) -> None:
         """Show the newest snapshot as of now."""
         with self._lock:
-            if self._snapshot is None:
+            if self._snapshot is None or not self._may_paint():
                 return
             columns, rows = self._size()
             age = max(0.0, self._clock() - self._taken_s)
-            self._painter.paint(layout.lines(self._snapshot, layout.View(columns, rows, self._glyphs, age)))
+            view = layout.View(columns, rows, self._glyphs, age, self._typed)
+            self._painter.paint(layout.lines(self._snapshot, view))
+
+    def _may_paint(self) -> bool:
+        """Whether the panel may be shown; what was shown before is forgotten when others may have written since."""
+        here = self._foreground()
+        self._was_here |= here
+        away = self._was_here and not here
+        if away or self._away:
+            self._painter.forget()
+        self._away = away
+        return not away
 
     def _run(self) -> None:
         self._begun.wait()  # the first snapshot is shown at once: what follows may hold the interpreter for seconds
@@ -156,7 +192,8 @@ class LivePanel:
             except Exception as error:  # kept for _raise: a thread has nobody to raise to
                 self._error = error
                 return
-            self._stop.wait(INTERVAL_S)
+            self._due.wait(INTERVAL_S)
+            self._due.clear()
 
     def _raise(self) -> None:
         if self._error:

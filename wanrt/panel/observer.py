@@ -13,7 +13,7 @@ from typing import Literal, Protocol, TextIO, TypeVar
 
 from wanrt.errors import UsageError
 from wanrt.panel.plain import JsonLines, PlainLines, QuietLines
-from wanrt.panel.snapshot import Snapshot, Summary
+from wanrt.panel.snapshot import Snapshot, Summary, Typed
 
 Mode = Literal["auto", "panel", "plain", "json", "quiet"]
 MODES: tuple[Mode, ...] = ("auto", "panel", "plain", "json", "quiet")
@@ -30,6 +30,9 @@ class Observer(Protocol):
 
     def log(self, line: str, level: int = logging.INFO) -> None:
         """Show one line, lasting."""
+
+    def typing(self, typed: Typed) -> bool:
+        """Show the input line as it is now; whether its user can see it."""
 
     def close(self, summary: Summary | None = None) -> None:
         """The run is over; nothing is called after this."""
@@ -85,7 +88,21 @@ def _live(stream: TextIO, env: Mapping[str, str], clock: Callable[[], float]) ->
     from wanrt.panel.live import LivePanel
 
     console = Console(file=stream, force_terminal=True, _environ=env, no_color=bool(env.get("NO_COLOR")))
-    return LivePanel(stream, size=lambda: terminal_size(stream), clock=clock, console=console)
+    return LivePanel(
+        stream,
+        size=lambda: terminal_size(stream),
+        clock=clock,
+        console=console,
+        foreground=lambda: in_foreground(stream),
+    )
+
+
+def in_foreground(stream: TextIO) -> bool:
+    """Whether this process's group has the terminal behind `stream`; True when that is not its own terminal."""
+    try:
+        return os.tcgetpgrp(stream.fileno()) == os.getpgrp()
+    except (OSError, ValueError):
+        return True
 
 
 def terminal_size(stream: TextIO) -> tuple[int, int]:
@@ -115,19 +132,23 @@ class SafeObserver:
         """Pass the line on."""
         self._call(lambda observer: observer.log(line, level))
 
+    def typing(self, typed: Typed) -> bool:
+        """Pass the line on."""
+        return bool(self._call(lambda observer: observer.typing(typed)))
+
     def close(self, summary: Summary | None = None) -> None:
         """Pass the end on."""
         self._call(lambda observer: observer.close(summary))
 
-    def _call(self, what: Callable[[Observer], None]) -> None:
+    def _call(self, what: Callable[[Observer], T]) -> T | None:
         while self._now is not None:
             failed = self._now
             try:
-                what(failed)
-                return
+                return what(failed)
             except Exception as error:
                 self._now, self._then = self._then, None
                 self._report(failed, error)
+        return None
 
     def _report(self, failed: Observer, error: Exception) -> None:
         """Tell the log, and the observer that takes over, without letting either fail the run."""

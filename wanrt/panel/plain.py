@@ -10,7 +10,7 @@ from typing import TextIO
 
 from wanrt.panel import words
 from wanrt.panel.bars import ASCII, Glyphs
-from wanrt.panel.snapshot import Phase, Snapshot, Summary
+from wanrt.panel.snapshot import Phase, Snapshot, Summary, Typed
 
 JSON_SCHEMA = 1
 PROMPT_CHARACTERS = 200  # of a prompt in a plain line; the file's metadata has it whole
@@ -108,6 +108,10 @@ class PlainLines:
         prefix = "" if level < logging.WARNING else f"{logging.getLevelName(level).lower()}: "
         self._write(prefix + words.one_line(line))
 
+    def typing(self, typed: Typed) -> bool:
+        """There is no input line."""
+        return False
+
     def close(self, summary: Summary | None = None) -> None:
         """Write the summary."""
         if summary:
@@ -133,6 +137,10 @@ class QuietLines:
         """Write warnings and errors."""
         if level >= logging.WARNING:
             self._lines.log(line, level)
+
+    def typing(self, typed: Typed) -> bool:
+        """There is no input line."""
+        return False
 
     def close(self, summary: Summary | None = None) -> None:
         """Say only why a run ended early."""
@@ -176,6 +184,10 @@ class JsonLines:
     def log(self, line: str, level: int = logging.INFO) -> None:
         """Write a log object."""
         self._write("log", {"level": logging.getLevelName(level).lower(), "message": line})
+
+    def typing(self, typed: Typed) -> bool:
+        """There is no input line."""
+        return False
 
     def close(self, summary: Summary | None = None) -> None:
         """Write the summary object."""

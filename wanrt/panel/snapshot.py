@@ -94,6 +94,21 @@ class Live:
 
 
 @dataclass(frozen=True, slots=True)
+class Typed:
+    """The input line: its text, code points before the cursor, and the answer to the line before, shown while the
+    text is empty.
+
+    resumed: how often the terminal came back from another program, which has written to it.
+    """
+
+    text: str = ""
+    cursor: int = 0
+    answer: str = ""
+    refused: bool = False
+    resumed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The state of a run at `at_s` (seconds of a monotonic clock; None: the moment it is shown).
 
@@ -103,8 +118,7 @@ class Snapshot:
     delay_s: how late blocks of other ranks or of a device become known; the bars end that long ago, so that none
     looks idle for want of news.
     encoder_lag_s: how far the encoder is behind, in seconds of video. warnings: newest last. live: of a stream,
-    else None. prompt_to_pixel_s: from the last prompt said to its first frame seen. typed: the input line, where
-    prompts can be typed.
+    else None. prompt_to_pixel_s: from the last prompt said to its first frame seen.
     """
 
     phase: Phase = Phase.RUNNING
@@ -136,7 +150,6 @@ class Snapshot:
     live: Live | None = None
     paused: bool = False
     prompt_to_pixel_s: float | None = None
-    typed: str | None = None
 
     @property
     def eta_s(self) -> float | None:

@@ -24,7 +24,7 @@ import stat
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,14 @@ def find_run(name: str | None, directory: Path | None = None) -> Path:
     if name is not None and name not in names:
         raise UsageError(f"no run is called {name[:80]!r}; {known}")
     return place / f"{name or names[0]}{ENDING}"
+
+
+def read_settings(words: Iterable[str]) -> dict[str, str]:
+    """The fields of `set` from words such as `bias=0.3`. Raises `UsageError` for others."""
+    given = dict(word.partition("=")[::2] for word in words)
+    if unknown := set(given) - {"bias", "steps"}:
+        raise UsageError(f"set: got {', '.join(sorted(unknown))}; expected bias=NUMBER or steps=LIST")
+    return given
 
 
 def ask(path: Path, command: str, **fields: object) -> dict[str, Any]:

@@ -82,12 +82,23 @@ class Session:
         self.seed = number
         return chunk
 
+    def fixed(self, job: RenderJob) -> tuple[str, ...]:
+        """The keys in which an edited file's job differs from this stream's, and which no running stream changes."""
+        return tuple(key for key, value in _fixed(job).items() if value != _fixed(self._job)[key])
+
     def follow(self, job: RenderJob) -> int:
-        """Takes an edited file's scenes, seed, bias and steps; returns the first chunk made with them."""
+        """Takes an edited file's scenes, seed, bias and steps; returns the first chunk made with them.
+
+        Raises `UsageError` for another preset or rate: steps, bias and durations of the file are then meant for those.
+        """
         from dataclasses import replace
 
         from wanrt.script import Timeline
 
+        if others := [key for key in self.fixed(job) if key in ("preset", "fps")]:
+            raise UsageError(
+                f"{' and '.join(others)}: cannot change while it streams; restart the stream for that"
+            )
         scenes = tuple(
             replace(
                 scene,
@@ -183,6 +194,21 @@ class Commands:
     def _plain(act: Callable[[], None]) -> Mapping[str, object]:
         act()
         return {}
+
+
+def _fixed(job: RenderJob) -> dict[str, object]:
+    """What a stream keeps from its start to its end, by the keys of prompt files."""
+    return {
+        "preset": job.preset.name,
+        "size": (job.width, job.height),
+        "fps": job.fps,
+        "duration": None if job.frames is None else job.frames / job.fps,
+        **{
+            key: getattr(job, key)
+            for key in ("window", "anchor", "topology", "precision", "device", "weights")
+        },
+        **{key: getattr(job, key) for key in ("codec", "quality", "title", "random_weights")},
+    }
 
 
 def _checked(name: str, read: Callable[[Any], Any], value: object) -> Any:

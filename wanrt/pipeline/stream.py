@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from wanrt.output.serve import PageServer
     from wanrt.panel import Live, Observer, Snapshot, Summary
     from wanrt.parallel.crew import Crew
+    from wanrt.pipeline.control import Handler
     from wanrt.pipeline.loop import Frames
     from wanrt.pipeline.monitor import Monitor
     from wanrt.pipeline.session import Session
@@ -70,11 +71,13 @@ def stream(
     cancel: Cancel | None = None,
     started_ns: int | None = None,
     crew: Crew | None = None,
+    announce: Callable[[str], None] = lambda address: None,
 ) -> StreamResult:
     """Streams the video of `job` until its length is reached, somebody stops it, or a signal comes.
 
     Targets are checked before anything is loaded; `observer` is told how it goes, and closed. Recordings are
-    finished however the stream ends. `crew`: ranks that torchrun started, which the topology must use up.
+    finished however the stream ends. `crew`: ranks that torchrun started, which the topology must use up. `announce`
+    is given the page's address, with its token, before anything loads.
 
     Raises `UsageError` or `WeightsError` before anything is made, `CancelledError` (exit code 130 or 143) after a
     signal, `RunError` or `OutputError` when the run failed, or no output was left to write to.
@@ -92,7 +95,7 @@ def stream(
         try:
             run.check()
             with ExitStack() as stack:
-                run.steered(stack)
+                run.steered(stack, announce)
                 monitor.load(LIBRARY, None)
                 monitor.start()
                 stack.callback(monitor.stop)
@@ -142,8 +145,8 @@ class _Stream(Run):
                 files.add(path)
         return files
 
-    def steered(self, stack: ExitStack) -> None:
-        """Opens the control socket, the page and the file's watch; `stack` closes them."""
+    def steered(self, stack: ExitStack, announce: Callable[[str], None]) -> None:
+        """Opens the control socket, the page, the panel's input line and the file's watch; `stack` closes them."""
         from wanrt.pipeline.control import ControlServer
         from wanrt.pipeline.session import Commands
 
@@ -157,13 +160,24 @@ class _Stream(Run):
 
             self._page = PageServer(self._session.say, self._status, host=plan.serve[0], port=plan.serve[1])
             stack.callback(self._page.close)
-            self._observer.log(f"page: {self._page.url}")
+            announce(self._page.url)
+        self._typed(commands, stack)
         if plan.watch is not None:
             from wanrt.pipeline.watch import FileWatch
 
             path, read = plan.watch
-            watch = FileWatch(path, read, self._session.follow, self._observer.log)
+            session = self._session
+            watch = FileWatch(path, read, session.follow, self._observer.log, session.fixed)
             stack.callback(watch.close)
+
+    def _typed(self, commands: Handler, stack: ExitStack) -> None:
+        """Prompts and commands from the panel, where there is one on a terminal with a keyboard."""
+        from wanrt.panel.keyboard import Keyboard, keyboard_at
+        from wanrt.pipeline.typed import InputLine
+
+        terminal, line = keyboard_at(), InputLine(commands, self._observer.typing)
+        if terminal is not None and line.show():
+            stack.callback(Keyboard(terminal, line.take, line.resumed).close)
 
     def _open_sink(self, recorder: Recorder) -> Sink:
         from wanrt.output import VideoSpec, open_outputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ class FileWatch:
         read: the job that it describes now; raises UsageError for a broken edit, which is logged once.
         take: is given the job of a good edit; returns the first chunk made with it.
         tell: is given a line, and a level of `logging`, to show.
+        fixed: names what a job asks for that only a restart would give.
     """
 
     def __init__(
@@ -32,8 +33,9 @@ class FileWatch:
         read: Callable[[], RenderJob],
         take: Callable[[RenderJob], int],
         tell: Callable[[str, int], None],
+        fixed: Callable[[RenderJob], Sequence[str]] = lambda job: (),
     ) -> None:
-        self._path, self._read, self._take, self._tell = path, read, take, tell
+        self._path, self._read, self._take, self._tell, self._fixed = path, read, take, tell, fixed
         self._seen = self._stamp()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="wanrt-watch", daemon=True)
@@ -53,8 +55,12 @@ class FileWatch:
 
     def _reread(self) -> None:
         try:
-            chunk = self._take(self._read())
+            job = self._read()
+            chunk = self._take(job)
             self._tell(f"{self._path}: read again, shown from chunk {chunk}", logging.INFO)
+            if keys := ", ".join(self._fixed(job)):
+                words = f"{self._path}: {keys}: as before; a running stream cannot change that, a restarted one can"
+                self._tell(words, logging.WARNING)
         except UsageError as broken:
             for line in str(broken).splitlines():
                 self._tell(line, logging.WARNING)
