@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -28,8 +29,12 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Partial product, all-reduce, bias."""
-        whole = sum_over(F.linear(x, self.weight), self.group)
+        whole = self.join(F.linear(x, self.weight))
         return whole if self.bias is None else whole + self.bias
+
+    def join(self, part: Tensor) -> Tensor:
+        """The whole product of every rank's part, written over this one."""
+        return sum_over(part, self.group)
 
 
 def spread_rope_norm(
@@ -60,4 +65,4 @@ def inverse_rms(x: Tensor, eps: float, group: ProcessGroup) -> Tensor:
 
 def spread_elementwise(whole: Elementwise, group: ProcessGroup) -> Elementwise:
     """The elementwise work of a model whose heads are spread over `group`; residuals are whole everywhere."""
-    return Elementwise(whole.add_norm, partial(spread_rope_norm, group=group))
+    return replace(whole, rope_norm=partial(spread_rope_norm, group=group))
