@@ -12,7 +12,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def draw(shape, dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(shape[-1])
     rows = torch.randn(shape, generator=generator)
-    return (rows * torch.logspace(-3, 3, max(rows[..., :1].numel(), 1))[: rows[..., :1].numel()].reshape(rows[..., :1].shape)).to(device, dtype)  # fmt: skip
+    sizes = torch.logspace(-3, 3, shape[-2]) if shape[-2] else torch.ones(0)
+    return (rows * sizes.unsqueeze(1)).to(device, dtype)
 
 
 def awkward(device="cpu"):

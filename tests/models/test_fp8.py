@@ -15,6 +15,7 @@ from wanrt.models.fp8 import (
     Fp8Plan,
     apply_fp8,
     dequantised_product,
+    plan_for,
     product_error,
     scaled_product,
     why_no_fp8,
@@ -127,6 +128,21 @@ def test_a_plan_may_leave_blocks_and_layers_out(make_transformer, make_cache):
     assert error(stream(model, make_cache(model)), want) <= EXACT
     with pytest.raises(ValueError, match=r"blocks\.0\.self_attn\.q in fp8 without blocks\.0\.self_attn\.k"):
         apply_fp8(make_transformer(**SIZE), Fp8Plan((r"blocks\.0\.self_attn\.q",)))
+
+
+def test_the_plan_of_a_model_spares_its_first_and_last_block():
+    plan = plan_for(12)
+    fp8 = [i for i in range(12) if plan.covers(f"blocks.{i}.ffn.0")]
+    assert fp8 == list(range(1, 11))
+    assert plan.covers("blocks.1.self_attn.q")
+    for name in (
+        "blocks.1.cross_attn.k",
+        "blocks.1.self_attn.norm_q",
+        "head.head",
+        "text_embedding.0",
+        "time_projection.1",
+    ):
+        assert not plan.covers(name)
 
 
 @pytest.mark.parametrize(
