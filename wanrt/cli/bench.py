@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from wanrt.errors import UsageError
+
 Text = str | None
 
 
@@ -43,6 +45,9 @@ def command(
     graphs: Annotated[
         bool, typer.Option("--graphs/--no-graphs", help="Run steady passes as CUDA graphs.")
     ] = True,
+    check: Annotated[
+        bool, typer.Option("--check", help="Measure no time but the precision's error, step by step.")
+    ] = False,
     json: Annotated[
         Text, typer.Option("--json", metavar="FILE", help="Write the measurements there.")
     ] = None,
@@ -50,9 +55,15 @@ def command(
     """Measure how fast a model runs here, in its steady state."""
     from wanrt.pipeline.bench import entries_of, run_bench
     from wanrt.pipeline.build import Tuning
+    from wanrt.pipeline.check import run_check
 
     flags = {
         "preset": preset, "size": size, "topology": topology, "window": window, "bias": bias, "steps": steps,
         "precision": precision, "device": device, "weights": weights, "random_weights": random_weights,
     }  # fmt: skip
+    if check:
+        if matrix is not None:
+            raise UsageError("--check with --matrix: expected one configuration; leave out --matrix")
+        print(run_check({**flags, "anchor": anchor}, chunks, Tuning(graphs, compile), json))
+        return
     print(run_bench(flags, entries_of(anchor, matrix), chunks, warm_up, Tuning(graphs, compile), json))
