@@ -25,16 +25,13 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.group = group
+        # the sum of every rank's part, written over this one; an fp8 product that takes this layer's place keeps it
+        self.join = partial(sum_over, group=group)
 
     def forward(self, x: Tensor) -> Tensor:
         """Partial product, all-reduce, bias."""
         whole = self.join(F.linear(x, self.weight))
         return whole if self.bias is None else whole + self.bias
-
-    def join(self, part: Tensor) -> Tensor:
-        """The whole product of every rank's part, written over this one."""
-        return sum_over(part, self.group)
 
 
 def spread_rope_norm(

@@ -167,20 +167,14 @@ def _compare(job: RenderJob, reference: str, device: torch.device, tuning: Tunin
 
     files, wiring, lanes = find_files(job), Wiring(make_recorder(job, device, None)), lanes_for(device)
     models = load_stage0(job, files, device, choose_precision(job.precision, device), wiring.progress)
+
+    def load(name: str) -> Denoiser:
+        precision = choose_precision(name, device)
+        transformer = load_transformer(job, files, device, precision, wiring.progress)
+        return make_denoiser(job, transformer, device, wiring, tuning)
+
     with lanes.main():
-        pair = PairedDenoiser(
-            *(
-                make_denoiser(
-                    job,
-                    load_transformer(job, files, device, choose_precision(name, device), wiring.progress),
-                    device,
-                    wiring,
-                    tuning,
-                )
-                for name in (reference, job.precision)
-            ),
-            job.preset.sampling.shift,
-        )
+        pair = PairedDenoiser(load(reference), load(job.precision), job.preset.sampling.shift)
         mesh = Mesh(pair, mesh_settings(job), wiring.recorder, wiring.check)
     handle = InProcessMesh(mesh, launch_on_submit=device.type == "cuda")
     pipeline = join_stage0(job, models, handle, device, wiring, tuning, lanes)
