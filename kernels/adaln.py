@@ -3,7 +3,8 @@
 A Wan block is `x += gate * f(LayerNorm(x) * (1 + scale) + shift)`, twice, with a LayerNorm that has a weight and a
 bias of its own between (Wan-Video/Wan2.1 `wan/modules/model.py`, commit 9737cba, `WanAttentionBlock`). Every step is
 "finish the last residual, then normalise for the next product", so this kernel does just that: it reads `x` and the
-last product's output once and writes the new `x` and the normalised tokens once, with fp32 in between.
+last product's output once and writes the new `x` and the normalised tokens once, with fp32 in between. For products
+in fp8 it writes the normalised tokens as quantised rows (`quant_rows`): one pass serves q, k and v.
 
 Shapes: B batch, T tokens, C channels; F latent frames, each of T/F consecutive tokens.
 """
@@ -15,9 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wanrt_kernels.quant_rows import FP8, Rows, quantise_rows_ref
+
 try:
     import triton
     import triton.language as tl
+
+    from wanrt_kernels.quant_rows import quantise_row
 except ImportError:  # a CPU build of PyTorch brings no Triton; `add_norm_ref` serves there
     triton = None
 
@@ -61,6 +66,23 @@ def add_norm_ref(
     return x if update is None else total.flatten(1, 2).to(x.dtype), normed
 
 
+def add_norm_rows_ref(
+    x: Tensor,
+    update: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    eps: float,
+    plus_one: bool = True,
+) -> tuple[Tensor, Rows]:
+    """Compute what `add_norm_rows` computes, in plain PyTorch. Same arguments, same results."""
+    total, normed = add_norm_ref(
+        x, update, gate, scale, shift, eps=eps, plus_one=plus_one, normed_dtype=torch.float32
+    )
+    return total, quantise_rows_ref(normed)
+
+
 def _rows(values: Tensor) -> Tensor:
     """[C] as it is, [B, F, C] as [B, F, 1, C]; fp32."""
     return values.float() if values.dim() == 1 else values.float().unsqueeze(2)
@@ -75,12 +97,13 @@ if triton is not None:
 
     @triton.jit
     def _add_norm_kernel(
-        x_ptr, update_ptr, gate_ptr, scale_ptr, shift_ptr, total_ptr, out_ptr,
+        x_ptr, update_ptr, gate_ptr, scale_ptr, shift_ptr, total_ptr, out_ptr, row_scale_ptr,
         tokens, frame_tokens,
         gate_batch, gate_frame, scale_batch, scale_frame, shift_batch, shift_frame,
         eps,
         C: tl.constexpr, BLOCK: tl.constexpr,
         HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr, PLUS_ONE: tl.constexpr,
+        QUANTISE: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         batch = row // tokens
@@ -105,7 +128,11 @@ if triton is not None:
         )
         if PLUS_ONE:
             scale += 1.0
-        tl.store(out_ptr + here, (normed * scale + shift).to(out_ptr.dtype.element_ty), mask)
+        normed = normed * scale + shift  # 0 past the end, where every load gave 0 and `centred` is 0
+        if QUANTISE:
+            normed, row_scale = quantise_row(normed)
+            tl.store(row_scale_ptr + row, row_scale)
+        tl.store(out_ptr + here, normed.to(out_ptr.dtype.element_ty), mask)
 
 
 def add_norm(
@@ -145,6 +172,26 @@ def add_norm(
     return add_norm_ref(x, update, gate, scale, shift, eps=eps, plus_one=plus_one, normed_dtype=normed_dtype)
 
 
+def add_norm_rows(
+    x: Tensor,
+    update: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    eps: float,
+    plus_one: bool = True,
+) -> tuple[Tensor, Rows]:
+    """`add_norm` with its second result quantised to fp8 rows, from the unrounded numbers; no gradient.
+
+    Triton on CUDA, `add_norm_rows_ref` elsewhere. Arguments, `total` and errors as `add_norm`.
+    """
+    _check(x, update, gate, scale, shift)
+    if x.is_cuda and triton is not None:
+        return launch_rows(x, update, gate, scale, shift, eps=eps, plus_one=plus_one)
+    return add_norm_rows_ref(x, update, gate, scale, shift, eps=eps, plus_one=plus_one)
+
+
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is done with any of these: kernels have no backward."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -162,21 +209,56 @@ def launch(
     normed_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the Triton kernel; arguments as for `add_norm`, which has checked them."""
-    batch, tokens, channels = x.shape
     total = x if update is None else torch.empty_like(x)
     out = torch.empty_like(x, dtype=normed_dtype)
-    frames = _frames(gate, scale)
+    _launch(x, update, gate, scale, shift, total, out, None, eps, plus_one)
+    return total, out
+
+
+def launch_rows(
+    x: Tensor,
+    update: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    eps: float,
+    plus_one: bool,
+    dtype: torch.dtype = FP8,
+) -> tuple[Tensor, Rows]:
+    """Launch the Triton kernel; arguments as for `add_norm_rows`, which has checked them.
+
+    `dtype` of the values: fp32 leaves the rounding out, for tests (Triton's interpreter loses its carries).
+    """
+    total = x if update is None else torch.empty_like(x)
+    out = Rows.empty(x, dtype)
+    _launch(x, update, gate, scale, shift, total, out.values, out.scale, eps, plus_one)
+    return total, out
+
+
+def _launch(
+    x: Tensor,
+    update: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    total: Tensor,
+    out: Tensor,
+    row_scale: Tensor | None,
+    eps: float,
+    plus_one: bool,
+) -> None:
+    batch, tokens, channels = x.shape
     config = AddNormConfig.for_channels(channels)
     _add_norm_kernel[(batch * tokens,)](
-        x, update, gate, scale, shift, total, out,
-        tokens, tokens // frames,
+        x, update, gate, scale, shift, total, out, row_scale,
+        tokens, tokens // _frames(gate, scale),
         *_frame_strides(gate), *_frame_strides(scale), *_frame_strides(shift),
         eps,
         C=channels, BLOCK=config.block,
-        HAS_UPDATE=update is not None, HAS_GATE=gate is not None, PLUS_ONE=plus_one,
+        HAS_UPDATE=update is not None, HAS_GATE=gate is not None, PLUS_ONE=plus_one, QUANTISE=row_scale is not None,
         num_warps=config.warps,
     )  # fmt: skip
-    return total, out
 
 
 def _frame_strides(values: Tensor | None) -> tuple[int, int]:

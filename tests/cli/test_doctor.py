@@ -84,6 +84,27 @@ def test_report_of_this_machine(capsys):
     assert all(line == "" or line.strip() for line in text.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("reason", "error", "verdict", "says"),
+    [
+        ("X is SM 8.0, fp8 products need SM 8.9", None, Verdict.FACT, "none: X is SM 8.0"),
+        (None, 2e-3, Verdict.GOOD, "differs from fp32 by 2.0e-03"),
+        (None, 0.3, Verdict.BAD, "wrong; do not use --precision fp8"),
+    ],
+)
+def test_fp8_verdicts(monkeypatch, reason, error, verdict, says):
+    monkeypatch.setattr("wanrt.models.fp8.why_no_fp8", lambda device: reason)
+    monkeypatch.setattr("wanrt.models.fp8.product_error", lambda device: error)
+    (row,) = doctor.fp8([H200])
+    assert row.verdict is verdict
+    assert says in row.text
+
+
+@pytest.mark.gpu
+def test_fp8_on_a_gpu():
+    assert all(row.verdict is not Verdict.BAD for row in doctor.fp8(doctor.find_gpus()))
+
+
 @pytest.mark.gpu
 def test_on_a_gpu():
     gpus = doctor.find_gpus()

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from wanrt_kernels.adaln import add_norm, add_norm_ref, launch
+from wanrt_kernels.adaln import (
+    add_norm,
+    add_norm_ref,
+    add_norm_rows,
+    add_norm_rows_ref,
+    launch,
+    launch_rows,
+)
+from wanrt_kernels.quant_rows import FP8, Rows
 
 # relative to the largest value; half precisions round once on the way out
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -64,6 +72,69 @@ def test_interpreted_kernel_equals_reference(case, dtype):
 @pytest.mark.parametrize("case", [*CASES, (1, 3, 720, 5120, {"update", "gate"})])
 def test_kernel_equals_reference(case, dtype):
     compare(case, dtype, "cuda")
+
+
+STEP, RARE = 2.0**-3, 2e-3  # one step of e4m3, for numbers beside a tie; and how many may be that
+
+
+def compare_rows(case, dtype, device):
+    args, options = make(case, dtype, device)
+    options.pop("normed_dtype")
+    if device == "cpu":  # Triton's interpreter misrounds to fp8, as in test_quant_rows
+        total, (values, scale) = launch_rows(*args, **options, dtype=torch.float32)
+        got = Rows(values.to(FP8), scale)
+    else:
+        total, got = launch_rows(*args, **options)
+    want_total, want = add_norm_rows_ref(*args, **options)
+    assert (total.float() - want_total.float()).abs().max() <= TOLERANCE[
+        dtype
+    ] * want_total.float().abs().max()
+    torch.testing.assert_close(got.scale, want.scale, rtol=TOLERANCE[torch.float32], atol=0)
+    ours, theirs = got.values.float(), want.values.float()
+    assert ((ours - theirs).abs() <= STEP * theirs.abs() + 2.0**-9).all()
+    assert (ours != theirs).sum() <= max(1, RARE * ours.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real kernel is tested instead")
+def test_interpreted_rows_equal_reference(case, dtype):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    compare_rows(case, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("case", [*CASES, (1, 3, 720, 5120, {"update", "gate"})])
+def test_rows_equal_reference(case, dtype):
+    compare_rows(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_rows_compile_into_one_graph():
+    args, options = make(CASES[1], torch.float32, "cuda")
+    options.pop("normed_dtype")
+    _, got = torch.compile(lambda *a: add_norm_rows(*a, **options), fullgraph=True)(*args)
+    want = add_norm_rows_ref(*args, **options)[1]
+    torch.testing.assert_close(got.dequantise(), want.dequantise(), rtol=STEP, atol=1e-3)
+
+
+def test_rows_are_quantised_from_unrounded_numbers():
+    args, options = make(CASES[0], torch.bfloat16, "cpu")
+    options["normed_dtype"] = torch.float32
+    exact = add_norm_ref(*args, **options)[1]
+    options.pop("normed_dtype")
+    total, rows = add_norm_rows(*args, **options)
+    assert total.dtype == torch.bfloat16
+    torch.testing.assert_close(rows.scale, exact.abs().amax(-1, keepdim=True) / 448, rtol=1e-6, atol=0)
+
+
+def test_a_broken_token_breaks_its_own_row_only():
+    args, options = make(CASES[0], torch.float32, "cpu")
+    options.pop("normed_dtype")
+    args[0][0, 5, 7] = torch.nan
+    rows = add_norm_rows(*args, **options)[1]
+    assert rows.scale.isnan().flatten().nonzero().flatten().tolist() == [5]
 
 
 @pytest.mark.gpu

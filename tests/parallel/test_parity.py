@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from wanrt.models.fp8 import apply_fp8, dequantised_product
 from wanrt.models.kv_cache import CachePolicy, KVCache, Pass
 from wanrt.models.transformer import TransformerConfig, WanTransformer
 from wanrt.parallel.apply import apply
@@ -100,6 +101,45 @@ def test_four_ranks_make_what_one_makes(on_ranks):
     found = errors(on_ranks(4, both, 4, *arguments), *arguments)
     print(f"4 ranks: {max(found):.1e}")
     assert max(found) <= TOLERANCE
+
+
+FP8_SIZE = TransformerConfig(
+    dim=128, ffn_dim=192, num_layers=2, num_heads=4, text_dim=24, text_len=16, freq_dim=32
+)
+
+
+def quantised(group, size):
+    """One pass of both kinds of mesh with fp8 products, and how many there are."""
+    made = []
+    for kind in ("tp", "ulysses"):
+        plan = ShardPlan.of(Topology.parse(f"{kind}={size}"))
+        with torch.inference_mode():
+            inner = build(FP8_SIZE)
+            model = apply(inner, plan, group)
+            assert apply_fp8(inner, product=dequantised_product) == 2 * 8
+            heads = plan.local_heads(FP8_SIZE.num_heads)
+            made.append(stream(model, FP8_SIZE, CachePolicy.RECOMPUTE, GRID, 1, heads).numpy())
+    return made
+
+
+def test_fp8_ranks_make_what_one_makes(on_ranks):
+    """Ulysses shares tokens, so every row is quantised as in one process: equal but for numbers beside a tie. Under
+    tensor parallelism a rank scales its own part of attention's output and of the hidden numbers: as near to fp32.
+    """
+    plain, alone = build(FP8_SIZE), build(FP8_SIZE)
+    apply_fp8(alone, product=dequantised_product)
+    with torch.inference_mode():
+        exact, want = (stream(m, FP8_SIZE, CachePolicy.RECOMPUTE, GRID, 1) for m in (plain, alone))
+    off = ((want - exact).norm() / exact.norm()).item()
+    assert 1e-3 < off < 0.1
+    for tensor_parallel, ulysses in on_ranks(2, quantised, 2):
+        found = [torch.from_numpy(made) for made in (tensor_parallel, ulysses)]
+        split, shared = (
+            (made - other).norm() / exact.norm() for made, other in zip(found, (exact, want), strict=True)
+        )
+        print(f"one {off:.1e}, tp=2 {split:.1e} from fp32; ulysses=2 {shared:.1e} from one")
+        assert split < 1.3 * off
+        assert shared < 0.1 * off
 
 
 KREA_SLICE = TransformerConfig(dim=5120, ffn_dim=13824, num_layers=2, num_heads=40, text_dim=64, text_len=32)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from wanrt.models.fp8 import apply_fp8, plan_for
 from wanrt.models.kv_cache import CachePolicy, KVCache
 from wanrt.models.transformer import WAN_1_3B, WAN_14B, WanTransformer
 from wanrt.parallel.hardware import H200, Link, mesh_ms, predict
@@ -61,6 +62,35 @@ def test_memory_of_14b_by_device():
     assert len(split) == 8
     assert [m.text > 0 for m in split] == [True] + [False] * 7
     assert split[0].vae < four[0].vae
+
+
+@pytest.mark.parametrize("config", [WAN_14B, WAN_1_3B])
+def test_fp8_parameters_are_those_of_the_model(config):
+    work = replace(of(config), fp8=True)
+    with torch.device("meta"):
+        model = WanTransformer(config)
+    before = sum(p.numel() for p in model.parameters())
+    apply_fp8(model, plan_for(config.num_layers))
+    weights = [p.numel() for p in model.parameters() if p.dtype == torch.float8_e4m3fn]
+    scales = [p.numel() for name, p in model.named_parameters() if name.endswith("weight_scale")]
+    assert (work.fp8_parameters, work.fp8_scales) == (sum(weights), sum(scales))
+    held = sum(weights) + 4 * sum(scales) + 2 * (before - sum(weights))
+    assert memory(work, Topology())[0].weights == held
+
+
+def test_fp8_halves_what_is_held_and_speeds_products_only():
+    plain, quantised = KREA, replace(KREA, fp8=True)
+    assert memory(quantised, Topology())[0].weights == pytest.approx(
+        28.6e9 - 38 * (6 * 5120**2 + 2 * 5120 * 13824), rel=0.01
+    )
+    assert memory(quantised, Topology())[0].cache == memory(plain, Topology())[0].cache
+    four = Topology.parse("pp1+tp=4")
+    assert memory(quantised, four)[1].weights < 0.65 * memory(plain, four)[1].weights
+    slow, fast = (mesh_ms(work, Topology(), H200, Link.NVLINK) for work in (plain, quantised))
+    saved = operations(KREA)[0] * 38 / 40 * (1 / 770 - 1 / 1300) * 1e-9 * H200.slack
+    assert slow - fast == pytest.approx(saved)
+    unknown = replace(H200, fp8=None)
+    assert mesh_ms(quantised, Topology(), unknown, Link.NVLINK) == pytest.approx(slow)
 
 
 def test_operations_of_a_forward():

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from wanrt.errors import WeightsError
+from wanrt.models.fp8 import Fp8Linear, apply_fp8, quantised_weight
 from wanrt.models.transformer import WanTransformer
 from wanrt.models.vae import VaeConfig, WanVae
 from wanrt.weights.checkpoint import identify, open_checkpoint
@@ -21,6 +23,7 @@ from wanrt.weights.loading import (
     load_tokenizer,
     load_transformer,
     load_vae,
+    open_transformer,
 )
 from wanrt.weights.names import Kind, Naming
 from wanrt.weights.precision import stored_dtype
@@ -390,3 +393,64 @@ def test_memory_is_taken_once(writer, tmp_path):
     mapped, converted = ([int(word) for word in line.split()] for line in run.stdout.splitlines())
     assert mapped[0] <= 0.1 * mapped[1], mapped
     assert converted[0] <= 1.15 * converted[1], converted
+
+
+def fp8_model(zoo):
+    model = build_on_meta(lambda: WanTransformer(zoo.configs[Kind.TRANSFORMER]))
+    apply_fp8(model)
+    return model
+
+
+def test_fp8_layers_are_quantised_as_they_are_read(zoo, tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    save_file(zoo.state(Kind.TRANSFORMER), path)
+    alive = []
+
+    def watched(weight):
+        alive.append(weakref.ref(weight))
+        assert weight.dtype == torch.float32
+        assert sum(ref() is not None for ref in alive) == 1, "one weight in full at a time"
+        return quantised_weight(weight)
+
+    monkeypatch.setattr("wanrt.weights.loading.quantised_weight", watched)
+    got = fill(fp8_model(zoo), open_transformer(path), "cpu", torch.bfloat16)
+    assert len(alive) == 2 * 8
+    want = zoo.model(Kind.TRANSFORMER)
+    apply_fp8(want)
+    state = got.state_dict()
+    for name, tensor in want.state_dict().items():
+        if tensor.dtype == torch.float8_e4m3fn:
+            assert torch.equal(state[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        elif name.endswith("weight_scale"):
+            assert torch.equal(state[name], tensor), name
+        else:
+            assert torch.equal(state[name], tensor.to(state[name].dtype)), name
+    assert got.dtype == torch.bfloat16
+    assert state["blocks.0.self_attn.q.bias"].dtype == torch.bfloat16
+
+
+def test_fp8_ranks_quantise_their_slices(zoo, tmp_path):
+    path = tmp_path / "x.safetensors"
+    state = zoo.state(Kind.TRANSFORMER)
+    save_file(state, path)
+    name = "blocks.1.ffn.0.weight"
+    model = fp8_model(zoo)
+    half = Fp8Linear((48, 256), bias=True, device="meta")
+    model.set_submodule("blocks.1.ffn.0", half)
+
+    def slicer(parameter, shape):
+        return (slice(48, 96), *[slice(None)] * (len(shape) - 1)) if "blocks.1.ffn.0" in parameter else None
+
+    fill(model, open_transformer(path), "cpu", torch.bfloat16, slicer=slicer)
+    values, scale = quantised_weight(state[name][48:])
+    assert torch.equal(half.weight.view(torch.uint8), values.view(torch.uint8))
+    assert torch.equal(half.weight_scale, scale)
+
+
+def test_nan_is_found_before_it_is_quantised(zoo, tmp_path):
+    state = zoo.state(Kind.TRANSFORMER)
+    state["blocks.0.ffn.0.weight"][3, 5] = torch.nan
+    path = tmp_path / "x.safetensors"
+    save_file(state, path)
+    with pytest.raises(WeightsError, match=r"NaN or Inf in 1 tensors: blocks\.0\.ffn\.0\.weight"):
+        fill(fp8_model(zoo), open_transformer(path), "cpu", torch.bfloat16)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from wanrt.errors import UsageError
+
 Text = str | None
 
 
@@ -43,6 +45,9 @@ def command(
     graphs: Annotated[
         bool, typer.Option("--graphs/--no-graphs", help="Run steady passes as CUDA graphs.")
     ] = True,
+    check: Annotated[
+        bool, typer.Option("--check", help="Measure no time but the precision's error, step by step.")
+    ] = False,
     json: Annotated[
         Text, typer.Option("--json", metavar="FILE", help="Write the measurements there.")
     ] = None,
@@ -58,6 +63,7 @@ def command(
     from wanrt.pipeline.bench import run_bench
     from wanrt.pipeline.build import Tuning
     from wanrt.pipeline.campaign import Campaign, run_campaign
+    from wanrt.pipeline.check import run_check
     from wanrt.pipeline.matrix import entries_of
 
     flags = {
@@ -65,6 +71,11 @@ def command(
         "precision": precision, "device": device, "weights": weights, "random_weights": random_weights,
     }  # fmt: skip
     tuning = Tuning(graphs, compile)
+    if check:
+        if matrix is not None:
+            raise UsageError("--check with --matrix: expected one configuration; leave out --matrix")
+        print(run_check({**flags, "anchor": anchor}, chunks, tuning, json))
+        return
     with _joined.crew() as crew:
         entries = entries_of(anchor, matrix, size, precision)
         apart = budget is not None or resume or not all(entry.p2p for entry in entries)

@@ -17,7 +17,8 @@ from torch import Tensor
 from wanrt.models.attention import AttentionBackend, KeyBias, attend
 from wanrt.models.kv_cache import CacheLayer, KVCache, Pass, PassPlan
 from wanrt.models.rope import RopeTable
-from wanrt_kernels.adaln import add_norm
+from wanrt_kernels.adaln import add_norm, add_norm_rows
+from wanrt_kernels.quant_rows import Rows
 from wanrt_kernels.rope_norm import rope_norm
 
 
@@ -35,11 +36,13 @@ class Elementwise:
         rope_norm: RMSNorm over all heads and rotary positions, as `wanrt_kernels.rope_norm.rope_norm`.
         inverse_rms: 1/rms `[B, T, 1]` of several projections `[B, T, C]` at once, for `rope_norm`, where their
             channels are spread over ranks; None where `rope_norm` finds it itself.
+        add_norm_rows: `add_norm` for products in fp8, as `wanrt_kernels.adaln.add_norm_rows`.
     """
 
     add_norm: Callable[..., tuple[Tensor, Tensor]]
     rope_norm: Callable[..., Tensor]
     inverse_rms: Callable[[Sequence[Tensor], float], Sequence[Tensor | None]] = in_passing
+    add_norm_rows: Callable[..., tuple[Tensor, Rows]] = add_norm_rows
 
 
 LOCAL = Elementwise(add_norm, rope_norm)  # whole tokens on this device

@@ -9,7 +9,8 @@ Shapes: B batch, F latent frames, T tokens (F * rows * columns, frame-major), C 
 Precision: matrix products run in the dtype of the weights. Time embedding, modulation, norms, rotary
 positions, gated residual additions and the output head are computed in fp32, as Wan-Video/Wan2.1
 `wan/modules/model.py` at 9737cba does; the residual stream itself is kept in the dtype of the weights, as
-diffusers' WanTransformer3DModel does.
+diffusers' WanTransformer3DModel does. Products in fp8 are put in from outside (`wanrt.models.fp8`); a layer only
+asks for its input in the form that its first product reads.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanrt.models.attention import AttentionBackend, KeyBias, attend, choose
+from wanrt.models.fp8 import takes_rows
 from wanrt.models.kv_cache import CachePolicy, CallOrderError, KVCache, Pass, PassPlan
 from wanrt.models.memory import LOCAL, CachedMemory, Elementwise, Memory, QKNorm, SequenceMemory, turn
 from wanrt.models.rope import RopeTable
 from wanrt_kernels.adaln import HAVE_TRITON
+from wanrt_kernels.quant_rows import Rows
 
 __all__ = [
     "WAN_1_3B",
@@ -169,11 +172,11 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention of video tokens to what a `Memory` holds."""
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        """`[B, T, C]` to `[B, T, C]`."""
+    def forward(self, x: Tensor | Rows, memory: Memory) -> Tensor:
+        """`[B, T, C]`, quantised if the projections are fp8, to `[B, T, C]`."""
         return self.o(memory.attend(self.norms(), self.q(x), self.k(x), self.v(x)).flatten(-2))
 
-    def remember(self, x: Tensor, memory: Memory) -> None:
+    def remember(self, x: Tensor | Rows, memory: Memory) -> None:
         """Only the keys and values of `[B, T, C]`."""
         memory.remember(self.norms(), self.k(x), self.v(x))
 
@@ -181,7 +184,7 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Attention of video tokens to the prompt, whose keys and values are computed once by `embed`."""
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor | Rows, key: Tensor, value: Tensor, memory: Memory) -> Tensor:
         """`[B, T, C]` and the prompt's `[B, text_len, H, D]` to `[B, T, C]`."""
         norms = self.norms()
         q = turn(memory.ops, self.q(x), norms.query, norms, None)
@@ -221,29 +224,33 @@ class Block(nn.Module):
             memory: what self-attention attends to.
         """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
-        x, y = self._modulated(memory.ops, residual, scale, shift)
+        x, y = self._modulated(memory.ops, residual, scale, shift, self.self_attn.q)
         residual = Residual(x, self.self_attn(y, memory), gate)
         x, y = self._norm3(memory.ops, residual)
         residual = Residual(x, self.cross_attn(y, text_key, text_value, memory))
-        x, y = self._modulated(memory.ops, residual, ffn_scale, ffn_shift)
+        x, y = self._modulated(memory.ops, residual, ffn_scale, ffn_shift, self.ffn[0])
         return Residual(x, self.ffn(y), ffn_gate)
 
     def remember(self, residual: Residual, modulation: Tensor, memory: Memory) -> None:
         """Only this layer's keys and values: all that a pass without output needs of the last layer."""
         shift, scale, *_ = modulation.unbind(2)
-        self.self_attn.remember(self._modulated(memory.ops, residual, scale, shift)[1], memory)
+        _, y = self._modulated(memory.ops, residual, scale, shift, self.self_attn.q)
+        self.self_attn.remember(y, memory)
 
     def _modulated(
-        self, ops: Elementwise, r: Residual, scale: Tensor, shift: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return ops.add_norm(r.x, r.update, r.gate, scale, shift, eps=self.eps)
+        self, ops: Elementwise, r: Residual, scale: Tensor, shift: Tensor, reader: nn.Module
+    ) -> tuple[Tensor, Tensor | Rows]:
+        """The new residual and the tokens for `reader`, quantised if it multiplies in fp8."""
+        add_norm = ops.add_norm_rows if takes_rows(reader) else ops.add_norm
+        return add_norm(r.x, r.update, r.gate, scale, shift, eps=self.eps)
 
-    def _norm3(self, ops: Elementwise, r: Residual) -> tuple[Tensor, Tensor]:
+    def _norm3(self, ops: Elementwise, r: Residual) -> tuple[Tensor, Tensor | Rows]:
         if self.norm3 is None:
             x = _add(r)
             return x, x
         norm = self.norm3
-        return ops.add_norm(r.x, r.update, r.gate, norm.weight, norm.bias, eps=self.eps, plus_one=False)
+        add_norm = ops.add_norm_rows if takes_rows(self.cross_attn.q) else ops.add_norm
+        return add_norm(r.x, r.update, r.gate, norm.weight, norm.bias, eps=self.eps, plus_one=False)
 
 
 def _add(r: Residual) -> Tensor:

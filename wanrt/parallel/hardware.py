@@ -20,7 +20,8 @@ class Link(StrEnum):
 
 @dataclass(frozen=True)
 class Device:
-    """A kind of GPU. products, attention: reached TFLOP/s in bf16; decode, encode: ns a pixel of the VAE.
+    """A kind of GPU. products, attention: reached TFLOP/s in bf16; fp8: of products in fp8, scales a row; decode,
+    encode: ns a pixel of the VAE.
 
     fixed: the part of a forward that does not shrink with the mesh (launches, whole-width norms and embeddings).
     """
@@ -32,13 +33,15 @@ class Device:
     encode: float
     fixed: float
     slack: float
+    fp8: float | None = None  # None: no such products, or not measured
 
 
 # H200, bf16, 14B with random weights. Products: cuBLAS in the model's shapes; attention: cuDNN, 0.37 ms for a layer
 # of 2160 queries and 4320 keys; fixed: fitted to forwards of 1, 2 and 4 ranks, 89, 61 and 44 ms under TP; slack: a
 # compiled eager model against the sum of its parts, 521 ms against 450. VAE: 17.0 and 36.6 ms a latent at 576x320
-# and 832x480 (fastvae 0.1.0), the lone-frame encode from its 0.44 TFLOP.
-H200 = Device("H200", products=770, attention=500, decode=92.0, encode=16.0, fixed=0.1, slack=1.15)
+# and 832x480 (fastvae 0.1.0), the lone-frame encode from its 0.44 TFLOP. fp8: `torch._scaled_mm` with a scale a row,
+# 1260 to 1360 in the model's shapes.
+H200 = Device("H200", products=770, attention=500, decode=92.0, encode=16.0, fixed=0.1, slack=1.15, fp8=1300)
 DEVICES = (H200,)
 
 # GB/s that a rank sends, and microseconds that each message costs before it flows. Fitted to the collectives of one
@@ -68,7 +71,9 @@ def mesh_ms(
 ) -> float:
     """Milliseconds of one chunk's forwards on the mesh, communication included."""
     products, attention = operations(work)
-    alone = (products / device.products + attention / device.attention) * 1e-9
+    quantised = work.fp8_layers / work.layers if work.fp8 and device.fp8 else 0.0
+    products *= (1 - quantised) / device.products + quantised / (device.fp8 or device.products)
+    alone = (products + attention / device.attention) * 1e-9
     alone *= device.slack if slack is None else slack
     shared = alone * (device.fixed + (1 - device.fixed) / topology.mesh)
     rate, latency = LINKS[link]

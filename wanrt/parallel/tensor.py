@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -26,12 +27,13 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.group = group
+        # the sum of every rank's part, written over this one; an fp8 product that takes this layer's place keeps it
+        self.join = partial(sum_over, group=group)
+        self.adds_bias = group.rank() == 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Partial product, all-reduce."""
-        bias = self.bias if self.group.rank() == 0 else None
-        return sum_over(F.linear(x, self.weight, bias), self.group)
+        return self.join(F.linear(x, self.weight, self.bias if self.adds_bias else None))
 
 
 def spread_rope_norm(
@@ -67,8 +69,8 @@ def spread_inverse_rms(
 
 def spread_elementwise(whole: Elementwise, group: ProcessGroup) -> Elementwise:
     """The elementwise work of a model whose heads are spread over `group`; residuals are whole everywhere."""
-    return Elementwise(
-        whole.add_norm,
-        partial(spread_rope_norm, group=group),
-        partial(spread_inverse_rms, group=group),
+    return replace(
+        whole,
+        rope_norm=partial(spread_rope_norm, group=group),
+        inverse_rms=partial(spread_inverse_rms, group=group),
     )

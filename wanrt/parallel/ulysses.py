@@ -22,6 +22,7 @@ from wanrt.models.memory import CachedMemory, Elementwise, Memory, QKNorm, turn
 from wanrt.models.rope import RopeTable
 from wanrt.models.transformer import SelfAttention, TextKV, TimeEmbedding, WanTransformer
 from wanrt.parallel.collectives import gather, heads_to_tokens, tokens_to_heads
+from wanrt_kernels.quant_rows import Rows
 
 
 def own_rows(rope: RopeTable, rank: int, size: int) -> RopeTable:
@@ -99,11 +100,11 @@ class UlyssesAttention(SelfAttention):
         self.norm_q, self.norm_k = whole.norm_q, whole.norm_k
         self.group = group
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor | Rows, memory: Memory) -> Tensor:
         """`[B, F * m, C]` to `[B, F * m, C]`."""
         return super().forward(x, self._shared(memory))
 
-    def remember(self, x: Tensor, memory: Memory) -> None:
+    def remember(self, x: Tensor | Rows, memory: Memory) -> None:
         """Keys and values only."""
         super().remember(x, self._shared(memory))
 

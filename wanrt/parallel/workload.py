@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 CHUNK = 3  # latent frames
 LATENT_CHANNELS = 16
+SCALE_BYTES = 4  # of a channel of an fp8 weight
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -29,7 +30,11 @@ RUNTIME = int(
 
 @dataclass(frozen=True)
 class Workload:
-    """The sizes of one job. `element`: bytes of a transformer weight; `steps`: denoising steps of a chunk."""
+    """The sizes of one job. `steps`: denoising steps of a chunk.
+
+    element: bytes of a transformer weight and of an activation; fp8: the large products' weights take one byte, as
+    `wanrt.models.fp8.plan_for` names them.
+    """
 
     dim: int
     ffn_dim: int
@@ -48,6 +53,7 @@ class Workload:
     text_encoder: int  # parameters
     vae_blocks: int = 2  # residual blocks of a level
     vae_splits: bool = True  # whether this kind of VAE can be split over devices
+    fp8: bool = False
 
     @classmethod
     def of(cls, job: RenderJob) -> Workload:
@@ -72,6 +78,7 @@ class Workload:
             text_encoder=text.vocab * text.dim + text.num_layers * encoder_layer,
             vae_blocks=job.preset.vae.num_res_blocks,
             vae_splits=job.preset.vae.kind == "wan",
+            fp8=job.precision == "fp8",
         )
 
     @property
@@ -112,6 +119,22 @@ class Workload:
         head = 4 * LATENT_CHANNELS * (d + 1) + 2 * d
         return self.layers * layer + patch + text + time + head
 
+    @property
+    def fp8_layers(self) -> int:
+        """Layers whose products fp8 takes: all but the first and the last."""
+        return max(self.layers - 2, 0)
+
+    @property
+    def fp8_parameters(self) -> int:
+        """Parameters whose weights fp8 stores in a byte; tensor parallelism splits them all."""
+        d = self.dim
+        return self.fp8_layers * (6 * d * d + 2 * d * self.ffn_dim)
+
+    @property
+    def fp8_scales(self) -> int:
+        """Channels with a scale of four bytes each, on one device; a rank of several holds fewer."""
+        return self.fp8_layers * (7 * self.dim + self.ffn_dim)
+
     def passes(self) -> list[tuple[int, int]]:
         """(tokens, keys) of every forward of a steady chunk: context or commit pass, then the steps."""
         context, chunk = self.window * self.frame_tokens, CHUNK * self.frame_tokens
@@ -151,7 +174,10 @@ def memory(work: Workload, topology: Topology) -> list[DeviceMemory]:
 
 def _weights(work: Workload, topology: Topology) -> int:
     parts = topology.mesh if topology.kind is MeshKind.TP else 1
-    return work.element * (work.split_parameters // parts + work.whole_parameters)
+    whole = work.element * (work.split_parameters // parts + work.whole_parameters)
+    if not work.fp8:
+        return whole
+    return whole - (work.element - 1) * work.fp8_parameters // parts + SCALE_BYTES * work.fp8_scales
 
 
 def _cache(work: Workload, mesh: int) -> int:

@@ -77,14 +77,17 @@ def settle_topology(job: RenderJob, device: torch.device, world: int | None = No
 
     On CUDA devices and their memory are counted; a CPU takes any number of ranks as far as its memory goes, and
     `auto` is one. world: ranks that torchrun started, which the topology must use up. Raises
-    `UsageError` with the failed equation, or the memory that is missing, and what would work.
+    `UsageError` with the failed equation, or the memory that is missing, and what would work; and for a precision
+    that the device does not have.
     """
     import psutil
 
     from wanrt.parallel.choose import Machine, check_memory, check_world, resolve
     from wanrt.parallel.report import find_machine
     from wanrt.parallel.workload import Workload
+    from wanrt.pipeline.devices import choose_precision
 
+    choose_precision(job.precision, device)
     cpu = Machine(world or 1, "CPU", psutil.virtual_memory().total)
     if device.type == "cuda" or (job.topology == "auto" and world is not None):
         machine = cpu if device.type == "cpu" else find_machine(world, None, None, None)
@@ -215,9 +218,21 @@ def make_mesh(
     heads: int | None = None,
 ) -> Mesh:
     """The mesh's part of one process. `heads`: of a sharded transformer, how many this rank attends with."""
-    cache = allocate_cache(job, device, transformer.dtype, heads)
-    denoiser = _denoiser(job, transformer, cache, device, wiring, tuning)
+    denoiser = make_denoiser(job, transformer, device, wiring, tuning, heads)
     return Mesh(denoiser, mesh_settings(job), wiring.recorder, wiring.check)
+
+
+def make_denoiser(
+    job: RenderJob,
+    transformer: WanTransformer,
+    device: torch.device,
+    wiring: Wiring,
+    tuning: Tuning,
+    heads: int | None = None,
+) -> Denoiser:
+    """A transformer with a cache of its own, eager or as graphs. `heads` as in `make_mesh`."""
+    cache = allocate_cache(job, device, transformer.dtype, heads)
+    return _denoiser(job, transformer, cache, device, wiring, tuning)
 
 
 def loop_settings(job: RenderJob) -> LoopSettings:

@@ -18,11 +18,15 @@ log = logging.getLogger("wanrt.pipeline")
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes of the models' weights. Latents between passes are float32 throughout."""
+    """Dtypes of the models' weights. Latents between passes are float32 throughout.
+
+    fp8: the transformer's large products are fp8, the rest of it in `transformer`; see `wanrt.models.fp8`.
+    """
 
     transformer: torch.dtype
     vae: torch.dtype
     text: torch.dtype
+    fp8: bool = False
 
 
 def choose_device(name: str) -> torch.device:
@@ -49,11 +53,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """Dtypes for `auto`, `fp32`, `bf16` or `fp16` on `device`.
+    """Dtypes for `auto`, `fp32`, `bf16`, `fp16` or `fp8` on `device`.
 
     The VAE never runs in bf16: a bf16 anchor encode inside a causal rollout costs SSIM 0.98 -> 0.76
     (hao-ai-lab/FastVideo #1472). The text encoder never runs in fp16, where UMT5-XXL overflows. On a CPU, `auto`
-    is fp32.
+    is fp32. Raises `UsageError` for `fp8` on a device without fp8 products: nothing else is taken silently.
     """
     import torch
 
@@ -66,7 +70,17 @@ def choose_precision(name: str, device: torch.device) -> Precision:
         return Precision(torch.bfloat16, torch.float16 if on_gpu else torch.float32, torch.bfloat16)
     if name == "fp16":
         return Precision(torch.float16, torch.float16 if on_gpu else torch.float32, torch.bfloat16)
-    raise UsageError(f"precision {name!r}: expected auto, bf16, fp16 or fp32")
+    if name == "fp8":
+        _refuse_without_fp8(device)
+        return Precision(torch.bfloat16, torch.float16, torch.bfloat16, fp8=True)
+    raise UsageError(f"precision {name!r}: expected auto, bf16, fp16, fp32 or fp8")
+
+
+def _refuse_without_fp8(device: torch.device) -> None:
+    from wanrt.models.fp8 import why_no_fp8
+
+    if reason := why_no_fp8(device):
+        raise UsageError(f"precision fp8: {reason}; take --precision bf16")
 
 
 def usable_cores() -> int:

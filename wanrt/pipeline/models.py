@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from wanrt.errors import UsageError
 from wanrt.pipeline.codec import StreamingVae
 from wanrt.pipeline.devices import Precision
 
@@ -91,7 +92,8 @@ def load_transformer(
 ) -> WanTransformer:
     """Loads the transformer, or this rank's slices of it; `files` None draws random weights, the same whole.
 
-    Raises `WeightsError` as `load_stage0`.
+    With `precision.fp8` its large products are quantised as they are read. Raises `WeightsError` as `load_stage0`,
+    `UsageError` for sizes that fp8 products cannot take.
     """
     from wanrt.models.transformer import WanTransformer
     from wanrt.parallel.apply import apply
@@ -113,8 +115,23 @@ def load_transformer(
                 callee = apply(model, shard.plan, shard.group)  # type: ignore[assignment]
             if shard.plan.kind is MeshKind.TP:  # else the weights are whole, and best mapped
                 slicer = shard.plan.slicer(shard.group.rank())
+        if precision.fp8:
+            put_in_fp8(model)
         fill(model, checkpoint, device, precision.transformer, slicer=slicer)
     return callee
+
+
+def put_in_fp8(model: WanTransformer) -> None:
+    """Gives a transformer on meta its fp8 products. Raises `UsageError` for sizes that they cannot take."""
+    from wanrt.models.fp8 import apply_fp8, plan_for
+
+    try:
+        count = apply_fp8(model, plan_for(model.config.num_layers))
+    except ValueError as error:
+        raise UsageError(f"precision fp8: {error}; take --precision bf16, or another topology") from error
+    log.info(
+        "transformer: %d products in fp8 (e4m3fn, a scale a token and a channel), the rest in bf16", count
+    )
 
 
 def torch_device(name: str) -> AbstractContextManager[object]:

@@ -77,6 +77,7 @@ def examine(weights: Path | None = None, environ: Mapping[str, str] = os.environ
         ("devices", lambda: devices(gpus)),
         ("links", lambda: links(gpus)),
         ("cudnn", lambda: cudnn(gpus)),
+        ("fp8", lambda: fp8(gpus)),
         ("encoders", encoders),
         ("terminal", lambda: terminal(environ)),
         ("presets", lambda: presets(gpus, weights, environ)),
@@ -238,6 +239,26 @@ def judge_cudnn(version: int) -> tuple[Verdict, str]:
             f"{words}: torch avoids its bf16 conv3d, slow and large (pytorch #166643): {remedy}",
         )
     return Verdict.GOOD, words
+
+
+FP8_TOLERANCE = 4e-3  # relative, by norm: the product rounds once, to bf16
+
+
+def fp8(gpus: list[Gpu]) -> Iterator[Check]:
+    """Whether each GPU can multiply for --precision fp8, by doing it."""
+    import torch
+
+    from wanrt.models.fp8 import product_error, why_no_fp8
+
+    for gpu in gpus:
+        device, name = torch.device("cuda", gpu.index), f"cuda:{gpu.index} product"
+        if reason := why_no_fp8(device):
+            yield Check("fp8", name, Verdict.FACT, f"none: {reason}")
+            continue
+        error = product_error(device)
+        good = error < FP8_TOLERANCE
+        text = f"differs from fp32 by {error:.1e}" + ("" if good else ": wrong; do not use --precision fp8")
+        yield Check("fp8", name, Verdict.GOOD if good else Verdict.BAD, text)
 
 
 CONV3D_TOLERANCE = 2e-2  # of the output's scale: bf16 has 8 bits, and 2592 products are summed in fp32

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wanrt.errors import WeightsError
+from wanrt.models.fp8 import Fp8Linear, quantised_weight
 from wanrt.models.text_encoder import TextEncoderConfig, UMT5Encoder
 from wanrt.models.tokenizer import PromptTokenizer
 from wanrt.models.transformer import TransformerConfig, WanTransformer
@@ -165,20 +166,37 @@ def fill(
         device, dtype: where and how the parameters end up; those of `precision.py` stay fp32.
         slicer: which part of each tensor to read, for a rank of a sharded model.
 
+    Weights of `Fp8Linear` layers are quantised as each is read, from fp32: no more than one is there in full.
+
     Raises:
         WeightsError: tensors missing, extra, misshapen, not floating point, or with NaN or Inf.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    quantised = _fp8_weights(module)
+    scales = set(quantised.values())
+    expected = {
+        name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if name not in scales
+    }
     wanted = describe_sizes(checkpoint.kind, getattr(module, "config", None))
     check_shapes(checkpoint, expected, slicer, wanted)
     logger.info("%s: loading %s on %s as %s", checkpoint.path, checkpoint.describe(), device, dtype)
     reader = _Reader(checkpoint, torch.device(device))
     kind = checkpoint.kind
-    state = {name: reader.read(name, stored_dtype(kind, name, dtype), slicer) for name in expected}
+    state: dict[str, Tensor] = {}
+    for name in expected:
+        if name in quantised:
+            state[name], state[quantised[name]] = quantised_weight(reader.read(name, torch.float32, slicer))
+        else:
+            state[name] = reader.read(name, stored_dtype(kind, name, dtype), slicer)
     reader.raise_if_not_finite()
     module.load_state_dict(state, strict=True, assign=True)
     _refuse_meta(module)
     return module.eval().requires_grad_(False)
+
+
+def _fp8_weights(module: nn.Module) -> dict[str, str]:
+    """Names of the weights to quantise, each with the name of its scales."""
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, Fp8Linear)]
+    return {f"{name}.weight": f"{name}.weight_scale" for name in layers}
 
 
 def check_shapes(
