@@ -107,7 +107,7 @@ def test_a_refusal_is_told(streaming, nginx, tmp_path, app):
     run = streaming("demo-live", "--rtmp", nginx.url(app), "--plain", "--debug")
     words = re.compile(r"rtmp://127\.0\.0\.1: .*check (host, )?application and stream key")
     run.until(lambda: words.search(run.talk))
-    assert words.search(run.target()["error"])
+    run.until(lambda: words.search(run.target()["error"]))
     run.end()
     assert KEY not in run.talk
 
