@@ -238,7 +238,7 @@ def _graphed(
     return GraphedVae(vae, width=8 * width, height=8 * height)
 
 
-def compile_blocks(transformer: WanTransformer) -> None:
+def compile_blocks(transformer: WanTransformer, backend: str = "inductor") -> None:
     """Compiles each layer on its own: the layers share their graphs, so it takes seconds, not minutes."""
     import torch
 
@@ -246,7 +246,7 @@ def compile_blocks(transformer: WanTransformer) -> None:
     # default of 8 ends in an error under fullgraph.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in transformer.blocks:
-        block.compile(fullgraph=True, dynamic=False)
+        block.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
 @contextmanager

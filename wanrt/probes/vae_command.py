@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import torch
 from rich.console import Console
 
 from wanrt.errors import OutputError, UsageError
+from wanrt.probes.tables import console
 from wanrt.probes.vae_probe import choose, probe
 from wanrt.probes.vae_subject import Subject, open_subject
 
@@ -68,7 +68,7 @@ def _one(request: Request) -> None:
         return
     from wanrt.probes.vae_report import render
 
-    _console().print(render(report))
+    console().print(render(report))
 
 
 def _subject(request: Request) -> Subject:
@@ -118,7 +118,7 @@ def _family(request: Request) -> None:
     if request.json:
         print(json.dumps([_row(row) for row in rows], indent=2))
         return
-    _console().print(family_table(rows))
+    console().print(family_table(rows))
 
 
 def _row(row: FamilyRow) -> dict[str, Any]:
@@ -129,11 +129,6 @@ def _diffusers_version() -> str:
     import diffusers
 
     return diffusers.__version__
-
-
-def _console() -> Console:
-    """Tables keep their width in a pipe, where nobody can widen the window."""
-    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def _write(path: Path, text: str) -> None:

@@ -12,15 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from wanrt.errors import UsageError
+from wanrt.probes.tables import titled, verdicts
 from wanrt.probes.vae_anchor import Anchor
 from wanrt.probes.vae_cost import Cost, LayerCost, RunCost
-from wanrt.probes.vae_partial import SingleLatent, StepResult, Verdict, Workaround
+from wanrt.probes.vae_partial import SingleLatent, StepResult, Workaround
 from wanrt.probes.vae_probe import TITLES, Causalities, Finding, ProbeReport, Reaches
 
 if TYPE_CHECKING:
     from wanrt.probes.vae_family import FamilyRow
-
-COLOURS = {Verdict.YES: "green", Verdict.CONDITIONAL: "yellow", Verdict.NO: "red"}
 
 
 def render(report: ProbeReport) -> RenderableType:
@@ -28,22 +27,10 @@ def render(report: ProbeReport) -> RenderableType:
     parts: list[RenderableType] = [
         Text(f"{report.subject}: {report.weights}; {report.device}, {report.dtype}")
     ]
-    parts.append(_verdicts(report.findings))
+    parts.append(verdicts((TITLES[f.question], f.verdict, f.answer) for f in report.findings))
     for finding in report.findings:
         parts += ["", *_tables(finding)]
     return Group(*parts)
-
-
-def _verdicts(findings: Sequence[Finding]) -> Table:
-    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for finding in findings:
-        verdict = finding.verdict
-        mark = Text(verdict or "-", style=f"bold {COLOURS[verdict]}" if verdict else "dim")
-        table.add_row(Text(TITLES[finding.question], style="bold"), mark, finding.answer)
-    return table
 
 
 def _tables(finding: Finding) -> Iterator[RenderableType]:
@@ -62,13 +49,6 @@ def _tables(finding: Finding) -> Iterator[RenderableType]:
         yield _workarounds(data)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
-
-
 def number(value: float | None) -> str:
     """Three digits, or words for what has none."""
     if value is None:
@@ -79,7 +59,7 @@ def number(value: float | None) -> str:
 
 
 def _single(data: SingleLatent) -> Table:
-    table = _table(
+    table = titled(
         "T=1 against the whole decode", "latent", "fresh: frames", "error", "carried: frames", "error"
     )
     table.add_column("bits", justify="right")
@@ -97,7 +77,7 @@ def _single(data: SingleLatent) -> Table:
 
 def _causality(data: Causalities) -> Table:
     columns = ("half", "earlier outputs", "later outputs", "causal")
-    table = _table("Largest change when one input is perturbed, share of the scale", *columns)
+    table = titled("Largest change when one input is perturbed, share of the scale", *columns)
     for half in data.halves:
         peak = max(max(row) for row in half.change)
         table.add_row(half.half, number(half.bleed), number(peak), "yes" if half.causal else "NO")
@@ -105,7 +85,7 @@ def _causality(data: Causalities) -> Table:
 
 
 def _reach(data: Reaches) -> Iterator[RenderableType]:
-    table = _table(
+    table = titled(
         "Temporal receptive field", "half", "structure (gradient)", "felt above 0.1 %", "above 1 %"
     )
     table.add_column("unit")
@@ -117,13 +97,13 @@ def _reach(data: Reaches) -> Iterator[RenderableType]:
             )
     yield table
     needed = data.warm_up.needed
-    warm = _table("Warm-up latents of a stateless decode", *needed, "minimum T")
+    warm = titled("Warm-up latents of a stateless decode", *needed, "minimum T")
     beyond = f"> {len(data.warm_up.errors) - 1}"
     warm.add_row(*(beyond if n is None else str(n) for n in (*needed.values(), data.warm_up.minimum_t)))
     yield warm
     for reach in (data.decoder, data.encoder):
         if reach is not None:
-            rows = _table(
+            rows = titled(
                 f"Receptive field behind each layer, {reach.half}", "layer", "frames/latent", "frames"
             )
             rows.add_column("latents", justify="right")
@@ -135,7 +115,7 @@ def _reach(data: Reaches) -> Iterator[RenderableType]:
 
 
 def _workarounds(rows: Sequence[Workaround]) -> Table:
-    table = _table("Decoding the newest latent", "way", "latents", "largest error", "rms", "ms")
+    table = titled("Decoding the newest latent", "way", "latents", "largest error", "rms", "ms")
     for row in rows:
         table.add_row(
             row.name, str(row.latents_decoded), number(row.error), number(row.rms), f"{row.milliseconds:.1f}"
@@ -149,7 +129,7 @@ def _cost(data: Cost) -> Iterator[RenderableType]:
         f"{data.size[0]}x{data.size[1]}, {data.dtype}: weights {data.weight_megabytes:.1f} MiB{state}; "
         f"roofline {data.roofline.gflops:,.0f} GFLOP/s, {data.roofline.gigabytes:.0f} GB/s"
     )
-    table = _table(title, "run", "frames", "ms", "ms/latent", "GFLOP", "floor ms", "live MB")
+    table = titled(title, "run", "frames", "ms", "ms/latent", "GFLOP", "floor ms", "live MB")
     for run in data.runs:
         gflop = sum(row.gflop for row in run.layers)
         floor = sum(row.floor(data.roofline) for row in run.layers)
@@ -173,7 +153,7 @@ def steady(data: Cost) -> RunCost:
 
 
 def _groups(data: Cost) -> Table:
-    table = _table("Milliseconds per group", "group", *(run.name for run in data.runs))
+    table = titled("Milliseconds per group", "group", *(run.name for run in data.runs))
     names = list(dict.fromkeys(name for run in data.runs for name in run.by_group()))
     for name in names:
         cells = []
@@ -207,7 +187,7 @@ def slowest(run: RunCost, count: int) -> list[LayerCost]:
 
 
 def _group_costs(data: Cost, run: RunCost) -> Table:
-    table = _table(f"Groups of: {run.name}", "group", "layers", *COST_COLUMNS)
+    table = titled(f"Groups of: {run.name}", "group", "layers", *COST_COLUMNS)
     for name, row in run.by_group().items():
         members = [layer for layer in run.layers if layer.group == name]
         floor = sum(layer.floor(data.roofline) for layer in members)
@@ -216,14 +196,14 @@ def _group_costs(data: Cost, run: RunCost) -> Table:
 
 
 def _top_layers(data: Cost, run: RunCost) -> Table:
-    table = _table(f"Slowest layers of: {run.name}", "layer", "group", *COST_COLUMNS)
+    table = titled(f"Slowest layers of: {run.name}", "layer", "group", *COST_COLUMNS)
     for row in slowest(run, 12):
         table.add_row(row.layer, row.group, *cost_cells(row, row.floor(data.roofline)))
     return table
 
 
 def _anchor(data: Anchor) -> Table:
-    table = _table("Repeated round trips", "trips", "latent rms", "PSNR dB")
+    table = titled("Repeated round trips", "trips", "latent rms", "PSNR dB")
     for trip in data.trips:
         if trip.count in (1, 2, 3, 5, 10, 15, 20):
             table.add_row(str(trip.count), number(trip.latent_rms), f"{trip.psnr:.1f}")
