@@ -75,7 +75,7 @@ def split_main(rank, size, store, results):
 
 
 def test_two_gpus_decode_what_one_decodes_and_faster(tmp_path):
-    """Issue 4: parity to rounding (fp16: 1 % relative at most), the decode at 1.7x of one GPU."""
+    """Parity to rounding (fp16: 1 % relative at most), the decode at 1.7x of one GPU."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     ranks = [

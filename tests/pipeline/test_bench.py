@@ -25,7 +25,7 @@ def job():
 
 
 def seed_chunk(chunk, start):
-    """A chunk of the seed system as issue 3 has it: mesh 885 ms, then 57 + 13 ms on the path, 115 ms beside it."""
+    """A chunk of the seed system: mesh 885 ms, then 57 + 13 ms on the path, 115 ms beside it."""
     at = start * MS
     mesh = [("context", 0, 177), *((f"step{i}", 177 * (i + 1), 177) for i in range(4))]
     stage0 = [("anchor-decode", 885, 57), ("anchor-encode", 942, 13), ("display-decode", 955, 115)]

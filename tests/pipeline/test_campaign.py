@@ -97,7 +97,7 @@ def test_what_the_named_matrices_hold():
         None, "decode-all", "overlap", "latent", "first-frame",
     }  # fmt: skip
     assert len(MATRICES["eight"]) == 4 + 7 * 2 * 2 * 2
-    assert len(MATRICES["two"]) == 2 + 5 * 2 * 2
+    assert len(MATRICES["two"]) == 2 + 5 * 2 * 2 + 3 * 2
     for matrix in MATRICES.values():
         assert all(Entry.parse(entry.text).flags == {"topology": "single", **entry.flags} for entry in matrix)
 

@@ -73,7 +73,7 @@ def test_first_frame_policy_keeps_the_first_latent_for_good(window):
 
 @pytest.mark.parametrize(("window", "decodes"), [(1, 3), (2, 2), (3, 1), (4, 0), (5, 0), (6, 0)])
 def test_decodes_on_the_path(window, decodes):
-    """DESIGN: window 1 hangs on the newest chunk's last latent, 2 on its middle, 3 on its first, 4..6 on
+    """Window 1 hangs on the newest chunk's last latent, 2 on its middle, 3 on its first, 4..6 on
     none.
     """
     for chunk in range(4, 9):

@@ -40,7 +40,7 @@ def test_every_latent_is_decoded_once(fake_pipeline, policy):
 
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 6])
 def test_the_vae_work_between_two_chunks(fake_pipeline, window):
-    """DESIGN section 5: 3, 2, 1, 0, 0 decodes before the next chunk can start; above 3 not even the encode."""
+    """3, 2, 1, 0, 0 decodes before the next chunk can start; above 3 not even the encode."""
     recorder = Recorder()
     pipeline, _, _ = fake_pipeline(window=window, frames=SEVEN_CHUNKS, recorder=recorder)
     video(pipeline)

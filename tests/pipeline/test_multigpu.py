@@ -81,6 +81,6 @@ def test_policies_agree_bit_for_bit(job, topology):
 
 
 def test_the_mesh_waits_for_nothing_but_the_anchor(job):
-    """Issue 3: under PP1 a bubble longer than anchor decode + encode + transfer + 2 ms is a defect."""
+    """Under PP1 a bubble longer than anchor decode + encode + transfer + 2 ms is a defect."""
     got = bench(replace(job, topology="pp1+tp=1", precision="auto"), chunks=12)
     assert got.anchor_path.p50_ms < got.costs.decode + got.costs.encode + 0.5 + 2.0

@@ -93,7 +93,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ulysses=2", "pp
 
 @pytest.mark.parametrize("topology", ["tp=2", "pp1+tp=1", *SLOW])
 def test_the_same_video_as_one_process(job, single, topology):
-    """Issue 3: fp32 latents within 1e-4 of scale, over four chunks and a prompt change."""
+    """Latents in fp32 within 1e-4 of scale, over four chunks and a prompt change."""
     recorder = Recorder()
     latents, pixels = video(replace(job, topology=topology), recorder)
     scale = single[0].abs().max().item()
@@ -180,7 +180,7 @@ SPLIT += ["pp1+tp=1+vae=2"]
 
 @pytest.mark.parametrize("topology", SPLIT)
 def test_a_split_vae_gives_the_same_video(wide, wide_single, topology):
-    """Issue 4: float pixels and latents within 1e-4 of scale, over four chunks and a prompt change."""
+    """Float pixels and latents within 1e-4 of scale, over four chunks and a prompt change."""
     recorder = Recorder()
     found = video(replace(wide, topology=topology), recorder, as_floats)
     for name, got, want in zip(("latents", "pixels"), found, wide_single, strict=True):

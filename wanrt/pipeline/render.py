@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from wanrt.output import QueuedSink, Sink
     from wanrt.panel import Observer, Snapshot, Summary
     from wanrt.parallel.crew import Crew
-    from wanrt.pipeline.monitor import Monitor
     from wanrt.script import RenderJob
     from wanrt.telemetry import Recorder
 
@@ -69,16 +68,7 @@ def render(
 class _Render(Run):
     """One render from its checks to its finished file."""
 
-    def __init__(
-        self,
-        job: RenderJob,
-        cancel: Cancel,
-        monitor: Monitor,
-        started_ns: int | None,
-        crew: Crew | None = None,
-    ) -> None:
-        super().__init__(job, cancel, monitor, started_ns, crew)
-        self._output: Path | None = None
+    _output: Path | None = None  # the finished file
 
     def _check_outputs(self) -> set[Path]:
         from wanrt.output import check_target
