@@ -108,7 +108,15 @@ def ask(command, **fields):
 
 
 @pytest.fixture
-def streaming(monkeypatch, tmp_path):
+def runtime_directory(monkeypatch):
+    """Where runs of this test alone keep their sockets; a short path, as sockets need."""
+    with tempfile.TemporaryDirectory(prefix="w") as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        yield folder
+
+
+@pytest.fixture
+def streaming(runtime_directory, tmp_path):
     """Starts `wanrt stream` with a runtime directory of the test's own."""
     started = []
 
@@ -116,10 +124,8 @@ def streaming(monkeypatch, tmp_path):
         started.append(Streaming(tmp_path, args))
         return started[-1]
 
-    with tempfile.TemporaryDirectory(prefix="w") as folder:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
-        yield start
-        for run in started:
-            run.process.kill()
-            run.process.wait()
-            run.error.close()
+    yield start
+    for run in started:
+        run.process.kill()
+        run.process.wait()
+        run.error.close()

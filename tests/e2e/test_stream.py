@@ -6,20 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 
 import imageio_ffmpeg
 import pytest
 
 KEY = "s3cr3t-k3y"
-
-
-@pytest.fixture
-def place(monkeypatch):
-    with tempfile.TemporaryDirectory(prefix="w") as folder:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
-        yield folder
 
 
 @pytest.fixture
@@ -33,7 +25,7 @@ def ask(*args):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ)
 
 
-def test_rtmp_and_a_recording(place, port, tmp_path, decode):
+def test_rtmp_and_a_recording(runtime_directory, port, tmp_path, decode):
     url, log, flv = f"rtmp://127.0.0.1:{port}/live/{KEY}", (tmp_path / "log").open("wb"), tmp_path / "a.flv"
     listener = subprocess.Popen(
         [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-y", "-listen", "1", "-i", url, "-c", "copy", flv],
@@ -79,14 +71,14 @@ def test_rtmp_and_a_recording(place, port, tmp_path, decode):
      ["a ball", "--rtmp", "rtmp://127.0.0.1:x/live/" + KEY], ["a ball", "--rtmp", "rtmp://127.0.0.1/" + KEY],
      ["a ball", "-o", "gopher://127.0.0.1/live/" + KEY]],
 )  # fmt: skip
-def test_mistakes_show_no_key(place, args):
+def test_mistakes_show_no_key(runtime_directory, args):
     ran = ask("stream", *args, "--random-weights", "--debug")
     assert ran.returncode == 2
     assert KEY not in ran.stdout + ran.stderr
     assert ran.stderr
 
 
-def test_without_a_run(place):
+def test_without_a_run(runtime_directory):
     ran = ask("say", "a ball")
     assert ran.returncode == 2
     assert ran.stderr == "wanrt: no run: nothing is running; wanrt stream starts a run\n"

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import pytest
@@ -59,7 +58,7 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(tmp_path, monkeypatch):
+def terminal(tmp_path, runtime_directory):
     """Opens a terminal with a command in it."""
     opened = []
 
@@ -67,11 +66,9 @@ def terminal(tmp_path, monkeypatch):
         opened.append(Terminal(tmp_path, command))
         return opened[-1]
 
-    with tempfile.TemporaryDirectory(prefix="w") as folder:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
-        yield start
-        for one in opened:
-            one.tmux("kill-server")
+    yield start
+    for one in opened:
+        one.tmux("kill-server")
 
 
 def read(path):

@@ -224,33 +224,39 @@ class Block(nn.Module):
             memory: what self-attention attends to.
         """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
-        x, y = self._modulated(memory.ops, residual, scale, shift, self.self_attn.q)
+        x, y = self._normed(memory.ops, residual, scale, shift, self.self_attn.q)
         residual = Residual(x, self.self_attn(y, memory), gate)
         x, y = self._norm3(memory.ops, residual)
         residual = Residual(x, self.cross_attn(y, text_key, text_value, memory))
-        x, y = self._modulated(memory.ops, residual, ffn_scale, ffn_shift, self.ffn[0])
+        x, y = self._normed(memory.ops, residual, ffn_scale, ffn_shift, self.ffn[0])
         return Residual(x, self.ffn(y), ffn_gate)
 
     def remember(self, residual: Residual, modulation: Tensor, memory: Memory) -> None:
         """Only this layer's keys and values: all that a pass without output needs of the last layer."""
         shift, scale, *_ = modulation.unbind(2)
-        _, y = self._modulated(memory.ops, residual, scale, shift, self.self_attn.q)
+        _, y = self._normed(memory.ops, residual, scale, shift, self.self_attn.q)
         self.self_attn.remember(y, memory)
 
-    def _modulated(
-        self, ops: Elementwise, r: Residual, scale: Tensor, shift: Tensor, reader: nn.Module
+    def _normed(
+        self,
+        ops: Elementwise,
+        r: Residual,
+        scale: Tensor,
+        shift: Tensor,
+        reader: nn.Module,
+        *,
+        plus_one: bool = True,
     ) -> tuple[Tensor, Tensor | Rows]:
         """The new residual and the tokens for `reader`, quantised if it multiplies in fp8."""
         add_norm = ops.add_norm_rows if takes_rows(reader) else ops.add_norm
-        return add_norm(r.x, r.update, r.gate, scale, shift, eps=self.eps)
+        return add_norm(r.x, r.update, r.gate, scale, shift, eps=self.eps, plus_one=plus_one)
 
     def _norm3(self, ops: Elementwise, r: Residual) -> tuple[Tensor, Tensor | Rows]:
         if self.norm3 is None:
             x = _add(r)
             return x, x
         norm = self.norm3
-        add_norm = ops.add_norm_rows if takes_rows(self.cross_attn.q) else ops.add_norm
-        return add_norm(r.x, r.update, r.gate, norm.weight, norm.bias, eps=self.eps, plus_one=False)
+        return self._normed(ops, r, norm.weight, norm.bias, self.cross_attn.q, plus_one=False)
 
 
 def _add(r: Residual) -> Tensor:

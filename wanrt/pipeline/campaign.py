@@ -76,12 +76,11 @@ class _Campaign:
     def _possible(self, entry: Entry) -> bool:
         """Whether an entry is worth a process; else it is listed with the reason."""
         from wanrt.pipeline.build import settle_topology
-        from wanrt.pipeline.devices import choose_device, choose_precision
+        from wanrt.pipeline.devices import choose_device
 
         try:
             job = job_of(self._how.flags, entry)
             device = choose_device(job.device)
-            choose_precision(job.precision, device)
             settle_topology(job, device)
             if not entry.p2p and device.type == "cpu":
                 raise UsageError("no-p2p: NCCL_P2P_DISABLE changes nothing on a CPU")

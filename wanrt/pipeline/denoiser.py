@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from wanrt.models.kv_cache import KVCache, PassPlan
     from wanrt.models.transformer import TextKV, TimeEmbedding, WanTransformer
 
-TIMES_KEPT = (
-    16  # embeddings of timesteps, 4.9 MB each at 14B: the few of a step list, and those before a change
-)
+# Embeddings of timesteps, 4.9 MB each at 14B: the few of a step list, and those before a change.
+TIMES_KEPT = 16
 
 
 class TransformerDenoiser:

@@ -84,7 +84,8 @@ class Session:
 
     def fixed(self, job: RenderJob) -> tuple[str, ...]:
         """The keys in which an edited file's job differs from this stream's, and which no running stream changes."""
-        return tuple(key for key, value in _fixed(job).items() if value != _fixed(self._job)[key])
+        mine = _fixed(self._job)
+        return tuple(key for key, value in _fixed(job).items() if value != mine[key])
 
     def follow(self, job: RenderJob) -> int:
         """Takes an edited file's scenes, seed, bias and steps; returns the first chunk made with them.
