@@ -100,7 +100,7 @@ if triton is not None:
         x_ptr, update_ptr, gate_ptr, scale_ptr, shift_ptr, total_ptr, out_ptr, row_scale_ptr,
         tokens, frame_tokens,
         gate_batch, gate_frame, scale_batch, scale_frame, shift_batch, shift_frame,
-        eps,
+        EPS: tl.constexpr,  # as an argument, torch.compile would make it, and all that meets it, fp64
         C: tl.constexpr, BLOCK: tl.constexpr,
         HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr, PLUS_ONE: tl.constexpr,
         QUANTISE: tl.constexpr,
@@ -119,7 +119,7 @@ if triton is not None:
             total += update
             tl.store(total_ptr + here, total.to(total_ptr.dtype.element_ty), mask)
         centred = tl.where(mask, total - tl.sum(total, axis=0) / C, 0.0)
-        normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / C + eps)
+        normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / C + EPS)
         scale = tl.load(scale_ptr + batch * scale_batch + frame * scale_frame + channel, mask, 0.0).to(
             tl.float32
         )
@@ -254,8 +254,7 @@ def _launch(
         x, update, gate, scale, shift, total, out, row_scale,
         tokens, tokens // _frames(gate, scale),
         *_frame_strides(gate), *_frame_strides(scale), *_frame_strides(shift),
-        eps,
-        C=channels, BLOCK=config.block,
+        EPS=eps, C=channels, BLOCK=config.block,
         HAS_UPDATE=update is not None, HAS_GATE=gate is not None, PLUS_ONE=plus_one, QUANTISE=row_scale is not None,
         num_warps=config.warps,
     )  # fmt: skip

@@ -70,10 +70,12 @@ def quantise_rows_ref(x: Tensor) -> Rows:
     top = x.abs().amax(-1, keepdim=True)  # NaN wins
     finite = top.isfinite()
     top = top.clamp_min(TINIEST)
-    # a number over a tensor would be its reciprocal times the number, rounded twice
-    values = (x * (torch.full_like(top, FP8_MAX) / top)).clamp(-FP8_MAX, FP8_MAX)
+    # tensor by tensor: PyTorch divides a number by a tensor, and on CUDA a tensor by a number, as a product with a
+    # reciprocal, which rounds twice
+    most = torch.full_like(top, FP8_MAX)
+    values = (x * (most / top)).clamp(-FP8_MAX, FP8_MAX)
     values = torch.where(finite, values, 0.0)
-    return Rows(values.to(FP8), torch.where(finite, top / FP8_MAX, torch.nan))
+    return Rows(values.to(FP8), torch.where(finite, top / most, torch.nan))
 
 
 if triton is not None:

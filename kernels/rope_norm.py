@@ -68,7 +68,8 @@ if triton is not None:
     @triton.jit
     def _rope_norm_kernel(
         x_ptr, weight_ptr, rms_ptr, cos_ptr, sin_ptr, out_ptr,
-        tokens, x_batch, x_token, out_batch, out_token, eps,
+        tokens, x_batch, x_token, out_batch, out_token,
+        EPS: tl.constexpr,  # as an argument, torch.compile would make it, and all that meets it, fp64
         C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
         GIVEN_RMS: tl.constexpr,
     ):  # fmt: skip
@@ -82,7 +83,7 @@ if triton is not None:
             if GIVEN_RMS:
                 y = y * tl.load(rms_ptr + row) * weight
             else:
-                y = y * tl.rsqrt(tl.sum(y * y, axis=0) / C + eps) * weight
+                y = y * tl.rsqrt(tl.sum(y * y, axis=0) / C + EPS) * weight
         if ROPE:
             pair = tl.arange(0, BLOCK // 2)
             place = token * (D // 2) + pair % (D // 2)
@@ -151,8 +152,8 @@ def launch(
     config = RopeNormConfig.for_channels(channels)
     _rope_norm_kernel[(batch * tokens,)](
         x, weight, inverse_rms, cos, sin, out,
-        tokens, x.stride(0), x.stride(1), out.stride(0), out.stride(1), eps,
-        C=channels, D=head_dim, BLOCK=config.block, NORM=weight is not None, ROPE=cos is not None,
+        tokens, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
+        EPS=eps, C=channels, D=head_dim, BLOCK=config.block, NORM=weight is not None, ROPE=cos is not None,
         GIVEN_RMS=inverse_rms is not None,
         num_warps=config.warps,
     )  # fmt: skip

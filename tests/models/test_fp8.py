@@ -279,7 +279,8 @@ def test_inside_a_cuda_graph(slices):
     cache = cache_of(quantised)
     plan = cache.begin(Pass.DENOISE, 3)
     text = quantised.embed_text(draw(1, 5, 20, device="cuda"))
-    latents, times = draw(1, 16, 3, 8, 12, device="cuda"), torch.full((1, 3), 700.0, device="cuda")
+    latents = draw(1, 16, 3, 8, 12, device="cuda")
+    times = quantised.embed_time(torch.full((1, 3), 700.0, device="cuda"))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -26,18 +26,19 @@ class Passes:
         self.model, self.cache = model, cache
         self.device = model.patch_embedding.weight.device
         self.latents, self.context = (draw(1, 16, 3, 8, 12, seed=s, device=self.device) for s in (1, 2))
-        self.times = torch.tensor([[700.0, 300.0, 20.0]], device=self.device)
-        self.zeros = torch.zeros(1, 3, device=self.device)
+        self.noisy = model.embed_time(torch.tensor([[700.0, 300.0, 20.0]], device=self.device))
+        self.clean = model.embed_time(torch.zeros(1, 3, device=self.device))
+        self.less_noisy = model.embed_time(torch.tensor([[600.0, 200.0, 10.0]], device=self.device))
         self.bias = torch.tensor(0.3).log().to(self.device)
         self.prompts = [draw(1, 5, 20, seed=s, device=self.device) for s in (3, 4)]
         self.text = model.embed_text(self.prompts[0])
 
     def run(self, plan, biased=True):
-        latents, times = (
-            (self.latents, self.times) if plan.pass_ is Pass.DENOISE else (self.context, self.zeros)
+        latents, time = (
+            (self.latents, self.noisy) if plan.pass_ is Pass.DENOISE else (self.context, self.clean)
         )
         bias = self.bias if biased and plan.pass_ is not Pass.CONTEXT else None
-        return self.model.run(latents, times, self.text, self.cache, plan, bias)
+        return self.model.run(latents, time, self.text, self.cache, plan, bias)
 
     def plans(self):
         """The steady passes: context or commit first, so that the denoising pass has something to see."""
@@ -52,7 +53,7 @@ class Passes:
         """What changes live, in place."""
         self.latents.add_(0.3)
         self.context.mul_(0.9)
-        self.times.sub_(10)
+        self.noisy.copy_(self.less_noisy)
         self.bias.mul_(0.5)
         self.text.copy_(self.model.embed_text(self.prompts[1]))
 
@@ -147,8 +148,8 @@ def test_inductor_compiles_every_pass_whole(make_passes, policy):
     for plan, other in zip(passes.plans(), eager.plans(), strict=True):
         latents = passes.latents
         bias = None if plan.pass_ is Pass.CONTEXT else passes.bias
-        got = run(latents, passes.times, passes.text, passes.cache, plan, bias)
-        expected = eager.model.run(latents, passes.times, passes.text, eager.cache, other, bias)
+        got = run(latents, passes.noisy, passes.text, passes.cache, plan, bias)
+        expected = eager.model.run(latents, passes.noisy, passes.text, eager.cache, other, bias)
         for mine, theirs in zip(passes.cache.layers, eager.cache.layers, strict=True):
             assert error(mine.key, theirs.key) < 2e-2
     assert error(got, expected) < 2e-2

@@ -128,13 +128,14 @@ class CachedMemory:
         self._commit(norms, k, v, k_rms)
 
     def _write(self, norms: QKNorm, k: Tensor, v: Tensor, k_rms: Tensor | None) -> None:
-        values = v.unflatten(-1, (-1, norms.head_dim))
         for tokens, slots in self.cache.slots(self.plan):
             rope = RopeTable(self.rope.cos[tokens], self.rope.sin[tokens], self.rope.tokens_per_frame)
             rms = None if k_rms is None else k_rms[:, tokens].contiguous()
             key = self.layer.key[:, slots]
             turn(self.ops, k[:, tokens], norms.key, norms, rope, out=key, inverse_rms=rms)
-            self.layer.value[:, slots].copy_(values[:, tokens])
+            # without norm and positions it is a copy: tokens of a joined projection lie apart, and PyTorch's own copy
+            # of such rows takes twice the time (H100, 2160 x 5120: 28 us against 15)
+            turn(self.ops, v[:, tokens], None, norms, None, out=self.layer.value[:, slots])
 
     def _commit(self, norms: QKNorm, k: Tensor, v: Tensor, k_rms: Tensor | None) -> None:
         if self.plan.pass_ is Pass.COMMIT:

@@ -170,11 +170,27 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Attention of video tokens to what a `Memory` holds."""
+    """Attention of video tokens to what a `Memory` holds.
+
+    Attributes:
+        joined: q, k and v as one layer, or nothing (`wanrt.models.products`). In a tuple, because the weights in it are
+            q's, k's and v's, which have their names already.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.joined: tuple[nn.Module, ...] = ()
 
     def forward(self, x: Tensor | Rows, memory: Memory) -> Tensor:
         """`[B, T, C]`, quantised if the projections are fp8, to `[B, T, C]`."""
-        return self.o(memory.attend(self.norms(), self.q(x), self.k(x), self.v(x)).flatten(-2))
+        return self.o(memory.attend(self.norms(), *self._project(x)).flatten(-2))
+
+    def _project(self, x: Tensor | Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, `[B, T, C]` each; channels contiguous, tokens perhaps not."""
+        if not self.joined:
+            return self.q(x), self.k(x), self.v(x)
+        (product,) = self.joined
+        return product(x).chunk(3, dim=-1)
 
     def remember(self, x: Tensor | Rows, memory: Memory) -> None:
         """Only the keys and values of `[B, T, C]`."""

@@ -97,7 +97,7 @@ class UlyssesAttention(SelfAttention):
         nn.Module.__init__(self)
         self.head_dim, self.eps = whole.head_dim, whole.eps
         self.q, self.k, self.v, self.o = whole.q, whole.k, whole.v, whole.o
-        self.norm_q, self.norm_k = whole.norm_q, whole.norm_k
+        self.norm_q, self.norm_k, self.joined = whole.norm_q, whole.norm_k, whole.joined
         self.group = group
 
     def forward(self, x: Tensor | Rows, memory: Memory) -> Tensor:

@@ -138,6 +138,15 @@ class Flag:
         """Whether `wait` would not wait."""
         return self._event is None or self._event.query()
 
+    def lead(self, tensor: torch.Tensor) -> None:
+        """What the current stream does with `tensor` from now on comes behind the flag; the host does not wait."""
+        import torch
+
+        if self._event is not None and tensor.is_cuda:
+            stream = torch.cuda.current_stream(tensor.device)
+            stream.wait_event(self._event)
+            tensor.record_stream(stream)
+
     def wait(self, check: Callable[[], None] = lambda: None, limit_s: float = WATCHDOG_S) -> bool:
         """The flag, once the device has reached it; `check` is called meanwhile and may raise.
 

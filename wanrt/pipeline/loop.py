@@ -216,7 +216,15 @@ class _Shown:
             raise self._error("the transformer's latents")
         if self.pixels.ready and not self.pixels.wait(check):
             raise self._error("the VAE's pixels")
+        self._hand_over()
         return self.frames
+
+    def _hand_over(self) -> None:
+        """Frames that stay on the device were made on a stream of the pipeline's own; the caller's comes after it."""
+        import torch
+
+        if isinstance(self.frames.pixels, torch.Tensor):
+            self.pixels.lead(self.frames.pixels)
 
     def _error(self, where: str) -> RunError:
         return RunError(f"chunk {self.frames.chunk}: NaN or Inf in {where}; check weights and precision")

@@ -118,7 +118,20 @@ def load_transformer(
         if precision.fp8:
             put_in_fp8(model)
         fill(model, checkpoint, device, precision.transformer, slicer=slicer)
+        if device.type == "cuda":
+            join_products(model)
     return callee
+
+
+def join_products(model: WanTransformer) -> None:
+    """Fewer and larger products, where the weights lie on a GPU."""
+    from wanrt.models.products import fuse_gelu, join_projections
+
+    log.info(
+        "transformer: q, k and v as one product in %d layers, GELU inside the product in %d",
+        join_projections(model),
+        fuse_gelu(model),
+    )
 
 
 def put_in_fp8(model: WanTransformer) -> None:
