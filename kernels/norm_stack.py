@@ -1,12 +1,16 @@
 """Bias, residual, RMSNorm and SiLU in one pass, written straight into the next causal convolution's input.
 
 The Wan VAE's block is `RMSNorm -> SiLU -> causal 3x3x3 convolution`, twice, plus a skip connection
-(Wan-Video/Wan2.1 `wan/modules/vae.py`, commit 9737cba, `ResidualBlock`). Run one latent at a time, a causal
-convolution over frames `t-2, t-1, t` is a 2-D convolution over those three frames stacked as channels. This
-kernel makes that stack: it reads the raw output of the previous convolution once, adds what that convolution
-left undone (bias, skip), normalises, and writes every frame into the up to three stacks that want it, taking
-the two older frames of the stream from `state` and leaving the two newest there. Nothing is padded,
-concatenated or copied.
+(Wan-Video/Wan2.1 `wan/modules/vae.py`, commit 9737cba, `ResidualBlock`). Run one latent at a time, such a
+convolution reads frames `t-2, t-1, t`, of which the first two may be the stream's past. This kernel makes its
+input: it reads the raw output of the previous convolution once, adds what that convolution left undone (bias,
+skip), normalises, takes the two older frames of the stream from `state` and leaves the two newest there. Two forms:
+
+- a stack: for every frame the three that its convolution reads, as channels. A 2-D convolution does the rest. Right
+  for single frames;
+- a window: the two older frames, then the new ones. A 3-D convolution without padding in time does the rest, as
+  fast as the 2-D one (H100, cuDNN 9.19, fp16, 4 frames of 576x320, 96 channels: 0.69 and 0.70 ms), and every frame
+  is written once instead of three times.
 
 Layout: channels last. T frames, P = H * W pixels, C channels.
 """
@@ -50,6 +54,7 @@ def norm_stack_ref(
     state: Tensor | None = None,
     unshuffle: bool = False,
     silu: bool = True,
+    window: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute what `norm_stack` computes, in plain PyTorch (fp32 inside). Same arguments, same results."""
     if unshuffle:
@@ -67,9 +72,10 @@ def norm_stack_ref(
     if state is None:
         return y, total.to(x.dtype)
     frames = torch.cat([state, y])
-    stacked = torch.cat([frames[i : i + x.shape[0]] for i in range(3)], dim=-1)
     state.copy_(frames[-2:])
-    return stacked, total.to(x.dtype)
+    if window:
+        return frames, total.to(x.dtype)
+    return torch.cat([frames[i : i + x.shape[0]] for i in range(3)], dim=-1), total.to(x.dtype)
 
 
 def _unshuffle_ref(x: Tensor) -> Tensor:
@@ -91,8 +97,8 @@ if triton is not None:
         pixels, width, x_frame,
         T: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
         HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
-        STACK: tl.constexpr, KEEP_TOTAL: tl.constexpr, UNSHUFFLE: tl.constexpr, WRITE: tl.constexpr,
-        EPS: tl.constexpr,
+        STATE: tl.constexpr, WINDOW: tl.constexpr, KEEP_TOTAL: tl.constexpr, UNSHUFFLE: tl.constexpr,
+        WRITE: tl.constexpr, EPS: tl.constexpr,
     ):  # fmt: skip
         pixel = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         channel = tl.arange(0, BLOCK_C)
@@ -107,9 +113,12 @@ if triton is not None:
             bias = tl.load(bias_ptr + channel, channel < C, 0.0).to(tl.float32)
         if NORM:
             scale = tl.load(scale_ptr + channel, channel < C, 0.0).to(tl.float32)
-        if STACK:
+        if STATE:
             oldest = tl.load(state_ptr + here, mask, 0.0)
             older = tl.load(state_ptr + pixels * C + here, mask, 0.0)
+            if WINDOW:
+                tl.store(out_ptr + here, oldest, mask)
+                tl.store(out_ptr + pixels * C + here, older, mask)
         for t in tl.static_range(T):
             total = tl.load(x_ptr + t * x_frame + source, mask, 0.0).to(tl.float32)
             if HAS_BIAS:
@@ -128,15 +137,18 @@ if triton is not None:
                     if SILU:
                         y = y * tl.sigmoid(y)
                 y = y.to(out_ptr.dtype.element_ty)
-                if STACK:
+                if STATE and not WINDOW:
                     stack = out_ptr + (t * pixels + pixel)[:, None] * (3 * C) + channel[None, :]
                     tl.store(stack, oldest, mask)
                     tl.store(stack + C, older, mask)
                     tl.store(stack + 2 * C, y, mask)
-                    oldest, older = older, y
+                elif WINDOW:
+                    tl.store(out_ptr + (t + 2) * pixels * C + here, y, mask)
                 else:
                     tl.store(out_ptr + t * pixels * C + here, y, mask)
-        if STACK:
+                if STATE:
+                    oldest, older = older, y
+        if STATE:
             tl.store(state_ptr + here, oldest, mask)
             tl.store(state_ptr + pixels * C + here, older, mask)
 
@@ -150,6 +162,7 @@ def norm_stack(
     state: Tensor | None = None,
     unshuffle: bool = False,
     silu: bool = True,
+    window: bool = False,
     keep_total: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Finish one convolution and prepare the input of the next.
@@ -166,17 +179,20 @@ def norm_stack(
         state: [2, H, W, C], the two frames of `y` before this call; overwritten with the two newest.
         unshuffle: see `x`.
         silu: apply SiLU after the norm.
+        window: with `state`, make a window instead of stacks.
         keep_total: return `total` too (a later skip connection needs it).
 
     Returns:
-        `(y, total)`: y is [T, H, W, 3C] (frames t-2, t-1, t as channels) with `state`, else [T, H, W, C];
-        `total` is [T, H, W, C], or None without `keep_total`. Both in x's dtype; arithmetic in fp32.
+        `(y, total)`: with `state` y is [T, H, W, 3C] (frames t-2, t-1, t as channels), or with `window` too
+        [T + 2, H, W, C] (the two frames before, then the new ones); else [T, H, W, C]. `total` is [T, H, W, C], or
+        None without `keep_total`. Both in x's dtype; arithmetic in fp32.
 
     Raises:
         ValueError: shapes, layout or dtypes that do not fit, each with what was got and expected.
     """
     _check(x, scale, bias, residual, state, unshuffle)
     options = {"bias": bias, "residual": residual, "state": state, "unshuffle": unshuffle, "silu": silu}
+    options["window"] = window and state is not None
     if x.is_cuda and triton is not None:
         return launch(x, scale, keep_total=keep_total, **options)
     y, total = norm_stack_ref(x, scale, **options)
@@ -192,12 +208,14 @@ def launch(
     state: Tensor | None,
     unshuffle: bool,
     silu: bool,
+    window: bool,
     keep_total: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the Triton kernel; arguments as for `norm_stack`, which has checked them."""
     frames, height, width, channels = _clip_shape(x, unshuffle)
     write = scale is not None or state is not None
-    out = x.new_empty(frames, height, width, channels * (1 if state is None else 3)) if write else x
+    stacked = state is not None and not window
+    out = x.new_empty(frames + 2 * window, height, width, channels * (3 if stacked else 1)) if write else x
     total = x.new_empty(frames, height, width, channels) if keep_total or not write else None
     config = NormStackConfig.for_channels(channels)
     pixels = height * width
@@ -206,7 +224,7 @@ def launch(
         pixels, width, x.stride(0),
         T=frames, C=channels, BLOCK_C=triton.next_power_of_2(channels), BLOCK_P=config.pixels,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, NORM=scale is not None, SILU=silu,
-        STACK=state is not None, KEEP_TOTAL=total is not None, UNSHUFFLE=unshuffle, WRITE=write, EPS=EPS,
+        STATE=state is not None, WINDOW=window, KEEP_TOTAL=total is not None, UNSHUFFLE=unshuffle, WRITE=write, EPS=EPS,
         num_warps=config.warps,
     )  # fmt: skip
     return (out, total) if write else (total, total)  # type: ignore[return-value]

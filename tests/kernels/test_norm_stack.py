@@ -22,6 +22,9 @@ CASES = [
     (2, 3, 3, 40, {"no-scale", "bias", "residual", "total"}),
     (1, 3, 3, 64, {"no-silu", "total"}),
     (3, 1, 1, 1, {"state"}),
+    (4, 5, 7, 96, {"state", "window", "bias", "residual", "total"}),
+    (2, 4, 6, 24, {"state", "window", "bias", "unshuffle", "total"}),
+    (3, 2, 5, 40, {"no-scale", "state", "window", "bias"}),
 ]
 
 
@@ -43,6 +46,7 @@ def make(case, dtype, device):
             "state": draw(2, height, width, channels) if "state" in options else None,
             "unshuffle": "unshuffle" in options,
             "silu": "no-silu" not in options,
+            "window": "window" in options,
         },
     )
 
@@ -71,7 +75,9 @@ def test_interpreted_kernel_equals_reference(case, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("case", [*CASES, (4, 320, 576, 96, {"state", "bias", "residual", "total"})])
+@pytest.mark.parametrize(
+    "case", [*CASES, (4, 320, 576, 96, {"state", "window", "bias", "residual", "total"})]
+)
 def test_kernel_equals_reference(case, dtype):
     compare(case, dtype, "cuda")
 
@@ -85,6 +91,14 @@ def test_reference_stacks_three_consecutive_frames():
         assert torch.equal(stacked[t], torch.cat([clip[t], clip[t + 1], clip[t + 2]], dim=-1))
     assert torch.equal(state, clip[-2:])
     assert torch.equal(total, x)
+
+
+def test_reference_puts_the_past_in_front_of_a_window():
+    x, state = torch.randn(3, 2, 3, 8), torch.randn(2, 2, 3, 8)
+    clip = torch.cat([state, x])
+    window, _ = norm_stack_ref(x, None, state=state, window=True)
+    assert torch.equal(window, clip)
+    assert torch.equal(state, clip[-2:])
 
 
 def test_wrong_shapes_say_what_was_expected():

@@ -2,9 +2,10 @@
 
 `FastVae` repacks the weights of a `WanVae` once and then computes what its `decode` and `encode_frame` compute:
 
-- A causal 3x3x3 convolution with T frames and two remembered ones is a 2-D convolution over T stacks of three
-  frames. `wanrt_kernels.norm_stack` writes those stacks while it finishes the previous layer (bias, skip
-  connection, RMSNorm, SiLU) and updates the stream's state in place; cuDNN does the rest in channels-last.
+- A causal 3x3x3 convolution with T frames and two remembered ones is a 3-D convolution without padding in time, or
+  for T = 1 a 2-D convolution over the three frames stacked as channels. `wanrt_kernels.norm_stack` writes its input
+  while it finishes the previous layer (bias, skip connection, RMSNorm, SiLU) and updates the stream's state in
+  place; cuDNN does the rest in channels-last.
 - Nearest upsampling followed by a 3x3 convolution reads each input pixel up to nine times through four phases.
   Summing the taps that meet the same pixel gives four 2x2 kernels: one convolution with 4 C outputs on the small
   picture, 4/9 of the arithmetic; `norm_stack` reads its output in picture order.
@@ -36,6 +37,7 @@ from wanrt.models.vae import (
     Upsample,
     VaeState,
     WanVae,
+    convolve_window,
 )
 from wanrt_kernels.norm_stack import norm_stack
 
@@ -60,9 +62,10 @@ class Pending:
         state: Tensor | None = None,
         *,
         silu: bool = True,
+        window: bool = False,
         keep: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Add, normalise and stack; see `norm_stack`."""
+        """Add, normalise, and put together with the past; see `norm_stack`."""
         return norm_stack(
             self.x,
             scale,
@@ -71,6 +74,7 @@ class Pending:
             state=state,
             unshuffle=self.shuffled,
             silu=silu,
+            window=window,
             keep_total=keep,
         )
 
@@ -93,25 +97,47 @@ def _scale_of(norm: RMSNorm) -> Tensor:
     return norm.gamma.detach().float().flatten() * norm.scale
 
 
-class FastConv(nn.Module):
-    """A causal convolution's weights twice: all time taps stacked as channels, and the last tap alone."""
+def conv3d_nhwc(window: Tensor, weight: Tensor) -> Tensor:
+    """[T + 2, H, W, C] x [O, C, 3, k, k] (channels-last) -> [T, H, W, O], contiguous, without a bias."""
+    out = convolve_window(window.permute(3, 0, 1, 2)[None], weight, None)
+    return out[0].permute(1, 2, 3, 0).contiguous()  # a no-op on CUDA
 
-    stacked: Tensor
+
+class FastConv(nn.Module):
+    """A causal convolution's weights twice: all time taps, for a stream under way, and the last tap alone.
+
+    Args:
+        conv: whose weights are repacked.
+        dtype: of the copies.
+        frames: that a stream under way brings at a time. More than one: windows; one: a stack.
+        pad_in, pad_out: zero channels to add.
+    """
+
+    steady: Tensor  # [O, C, 3, k, k] for windows, [O, 3C, k, k] for stacks
     last: Tensor
     bias: Tensor
 
-    def __init__(self, conv: CausalConv3d, dtype: torch.dtype, *, pad_in: int = 0, pad_out: int = 0) -> None:
+    def __init__(
+        self, conv: CausalConv3d, dtype: torch.dtype, frames: int = 1, *, pad_in: int = 0, pad_out: int = 0
+    ) -> None:
         super().__init__()
-        self.path = conv.path
+        self.path, self.windows = conv.path, frames > 1
         weight = F.pad(conv.weight.detach().float(), (0, 0) * 3 + (0, pad_in, 0, pad_out))
-        self.register_buffer("stacked", _channels_last(weight.transpose(1, 2).flatten(1, 2), dtype))
+        if self.windows:
+            steady = weight.to(dtype).contiguous(memory_format=torch.channels_last_3d)
+        else:
+            steady = _channels_last(weight.transpose(1, 2).flatten(1, 2), dtype)
+        self.register_buffer("steady", steady)
         self.register_buffer("last", _channels_last(weight[:, :, -1], dtype))
         self.register_buffer("bias", F.pad(_bias_of(conv).float(), (0, pad_out)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve stacks [T, H, W, 3C], or lone frames [1, H, W, C] of a stream that starts."""
-        weight = self.stacked if x.shape[-1] == self.stacked.shape[1] else self.last
-        return conv2d_nhwc(x, weight, padding=weight.shape[-1] // 2)
+        """Convolve a window [T + 2, H, W, C], stacks [T, H, W, 3C], or a lone frame [1, H, W, C] of a start."""
+        if x.shape[-1] != self.last.shape[1]:
+            return conv2d_nhwc(x, self.steady, padding=self.last.shape[-1] // 2)
+        if self.windows and x.shape[0] > 1:
+            return conv3d_nhwc(x, self.steady)
+        return conv2d_nhwc(x, self.last, padding=self.last.shape[-1] // 2)
 
 
 class Stream:
@@ -126,7 +152,7 @@ class Stream:
         if self.steady:
             assert self.state is not None
             slot = self.state.slots[conv.path].permute(0, 2, 3, 4, 1)[0]
-            return pending.finish(scale, slot, keep=keep)
+            return pending.finish(scale, slot, window=conv.windows, keep=keep)
         y, total = pending.finish(scale, keep=keep)
         if self.state is not None:
             self.state.store(
@@ -146,11 +172,11 @@ class FastResidual(nn.Module):
     scale1: Tensor
     scale2: Tensor
 
-    def __init__(self, block: ResidualBlock, dtype: torch.dtype) -> None:
+    def __init__(self, block: ResidualBlock, dtype: torch.dtype, frames: int) -> None:
         super().__init__()
         layers: Any = block.residual
-        self.conv1 = FastConv(layers["2"], dtype)
-        self.conv2 = FastConv(layers["6"], dtype)
+        self.conv1 = FastConv(layers["2"], dtype, frames)
+        self.conv2 = FastConv(layers["6"], dtype, frames)
         self.register_buffer("scale1", _scale_of(layers["0"]))
         self.register_buffer("scale2", _scale_of(layers["3"]))
         self.shortcut: FastConv | None = None
@@ -177,7 +203,7 @@ class FastAttention(nn.Module):
     proj: Tensor
     proj_bias: Tensor
 
-    def __init__(self, block: AttentionBlock, dtype: torch.dtype) -> None:
+    def __init__(self, block: AttentionBlock, dtype: torch.dtype, frames: int) -> None:
         super().__init__()
         self.register_buffer("scale", _scale_of(block.norm))
         channels = block.proj.out_channels
@@ -216,7 +242,7 @@ class FastUpsample(nn.Module):
     time: Tensor
     time_bias: Tensor
 
-    def __init__(self, block: Upsample, dtype: torch.dtype) -> None:
+    def __init__(self, block: Upsample, dtype: torch.dtype, frames: int) -> None:
         super().__init__()
         conv: Any = block.resample["1"]
         self.register_buffer("phases", _channels_last(fold_nearest(conv.weight.detach()), dtype))
@@ -224,7 +250,7 @@ class FastUpsample(nn.Module):
         self.time_conv = None if block.time_conv is None else FastConv(block.time_conv, dtype)
         if self.time_conv is not None:
             # [even or odd frame, 3C in, C out], so that both frames come out contiguous
-            matrix = self.time_conv.stacked[:, :, 0, 0].unflatten(0, (2, -1))
+            matrix = self.time_conv.steady[:, :, 0, 0].unflatten(0, (2, -1))
             self.register_buffer("time", matrix.transpose(1, 2).contiguous())
             self.register_buffer("time_bias", self.time_conv.bias.unflatten(0, (2, 1, -1)).to(dtype))
 
@@ -271,7 +297,7 @@ class FastDownsample(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, block: Downsample, dtype: torch.dtype) -> None:
+    def __init__(self, block: Downsample, dtype: torch.dtype, frames: int) -> None:
         super().__init__()
         conv: Any = block.resample["1"]
         self.register_buffer("weight", _channels_last(conv.weight, dtype))
@@ -303,9 +329,13 @@ class FastHalf(nn.Module):
         super().__init__()
         head: Any = half.head
         self.conv1 = FastConv(half.conv1, dtype, pad_in=pad_in)
-        self.blocks = nn.ModuleList(FAST_BLOCKS[type(block)](block, dtype) for block in half.blocks())
+        self.blocks, frames = nn.ModuleList(), 1
+        for block in half.blocks():
+            self.blocks.append(FAST_BLOCKS[type(block)](block, dtype, frames))
+            if isinstance(block, Upsample) and block.time_conv is not None:
+                frames *= 2
         self.register_buffer("scale", _scale_of(head["0"]))
-        self.head = FastConv(head["2"], dtype, pad_out=pad_out)
+        self.head = FastConv(head["2"], dtype, frames, pad_out=pad_out)
         self.channels_out = head["2"].out_channels
 
     def forward(self, x: Tensor, state: VaeState | None) -> Tensor:
