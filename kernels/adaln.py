@@ -38,9 +38,12 @@ class AddNormConfig:
 
     @classmethod
     def for_channels(cls, channels: int) -> AddNormConfig:
-        """A token stays in registers: 32 values per thread at 8192, the padded 14B width."""
+        """A token stays in registers: 64 values per thread at 8192, the padded 14B width.
+
+        H100, 2160 tokens of 5120: four warps take 35 us, and 37 with quantised rows; eight 35 and 43.
+        """
         block = 1 << (channels - 1).bit_length()
-        return cls(block=block, warps=max(1, min(8, block // 512)))
+        return cls(block=block, warps=max(1, min(4, block // 512)))
 
 
 def add_norm_ref(

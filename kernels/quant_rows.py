@@ -59,9 +59,12 @@ class RowConfig:
 
     @classmethod
     def for_channels(cls, channels: int) -> RowConfig:
-        """A row stays in registers: 32 values per thread at 16384, the padded feed-forward of 14B."""
+        """A row stays in registers: 64 values per thread at 8192, the padded 14B width, 32 at its feed-forward's 16384.
+
+        H100, 2160 rows: of 5120 numbers four warps take 10 us, sixteen 13; of 13824 with GELU sixteen 44, eight 49.
+        """
         block = 1 << (channels - 1).bit_length()
-        return cls(block=block, warps=max(1, min(16, block // 512)))
+        return cls(block=block, warps=max(1, min(4 if block <= 8192 else 16, block // 512)))
 
 
 def quantise_rows_ref(x: Tensor) -> Rows:
