@@ -13,8 +13,9 @@ from wanrt.models.vae import VaeConfig
 from wanrt.pipeline.bench import Timing, Unmeasured
 from wanrt.pipeline.devices import choose_precision
 from wanrt.probes import vae_entrants, vae_race
-from wanrt.probes.vae_entrants import CALLS, Course, UnavailableError, diffusers_twin, fused
-from wanrt.probes.vae_race import FULL_SIZE, Race, RaceRun, _jobs, race, run_race
+from wanrt.probes.vae_entrants import CALLS, Course, UnavailableError, diffusers_twin, fastvae_entrant
+from wanrt.probes.vae_race import FULL_SIZE, _jobs, race, run_race
+from wanrt.probes.vae_race_report import Race, RaceRun
 from wanrt.probes.vae_stopwatch import Repetitions, relative_error
 from wanrt.script import build_job, load_preset, read_script
 
@@ -104,7 +105,7 @@ def test_fastvae_decodes_the_same_pixels():
     """Its plain fallbacks, on the CPU: the weights and the scale of the latents arrive as they should."""
     package = pytest.importorskip("fastvae")
     given = course()
-    got = fused(given, package).decode_clip(given.latents)
+    got = fastvae_entrant(given, package).decode_clip(given.latents)
     want = vae_entrants.open_diffusers(given).decode_clip(given.latents)
     assert relative_error(got, want) < 1e-4
 
@@ -161,12 +162,12 @@ def test_anothers_failure_is_a_line_and_ours_an_error(monkeypatch):
         ({"clip": 3}, "clip of 3 latents: expected at least 4"),
     ],
 )
-def test_too_little_to_measure_is_refused(options, message):
+def test_too_little_to_measure_is_refastvae_entrant(options, message):
     with pytest.raises(UsageError, match=message):
         race(_jobs(TINY), **options)
 
 
-def test_another_vae_is_refused(monkeypatch):
+def test_another_vae_is_refastvae_entrant(monkeypatch):
     (job,) = _jobs(TINY)
     vae = job.preset.vae.model_copy(update={"kind": "taehv"})
     other = vae_race.replace(job, preset=job.preset.model_copy(update={"vae": vae}))
@@ -174,7 +175,7 @@ def test_another_vae_is_refused(monkeypatch):
         race([other])
 
 
-def test_torchrun_is_refused(monkeypatch):
+def test_torchrun_is_refastvae_entrant(monkeypatch):
     launched = {
         "RANK": 0,
         "WORLD_SIZE": 2,
@@ -199,7 +200,7 @@ def test_torchrun_is_refused(monkeypatch):
         ["--resume"],
     ],
 )
-def test_options_of_the_transformer_are_refused(option, capsys):
+def test_options_of_the_transformer_are_refastvae_entrant(option, capsys):
     with pytest.raises(SystemExit) as ended:
         app.run(["bench", "--vae", *option])
     assert ended.value.code == app.WRONG_USE

@@ -123,10 +123,10 @@ def open_fastvae(course: Course) -> Entrant:
         raise UnavailableError("needs a CUDA device")
     if importlib.util.find_spec("triton") is None:
         raise UnavailableError("needs Triton, which is not installed")
-    return fused(course, _installed("fastvae", "pip install fastvae"))
+    return fastvae_entrant(course, _installed("fastvae", "pip install fastvae"))
 
 
-def fused(course: Course, fastvae: Any) -> Entrant:
+def fastvae_entrant(course: Course, fastvae: Any) -> Entrant:
     """The entrant of the imported package fastvae, wherever its kernels run."""
     twin = diffusers_twin(course.weights(), course.usual_dtype)
     decoder = fastvae.FastVAEDecoder.from_vae(twin).to(course.device)

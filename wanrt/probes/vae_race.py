@@ -14,13 +14,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanrt.errors import UsageError
 from wanrt.pipeline.bench import Timing, Unmeasured, job_of
 from wanrt.pipeline.matrix import Entry
+from wanrt.probes.vae_race_report import OURS, Race, RaceRun
 
 if TYPE_CHECKING:
     import torch
@@ -33,113 +34,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("wanrt.probes")
 
 FULL_SIZE = "krea-14b"  # a preset with the VAE of Wan 2.1 at its full width
+FULL_WIDTH = 96  # its base_dim
 CLIP_LATENTS = 21  # 81 frames: a clip of Wan 2.1 itself (wan/configs at 9737cba, frame_num)
 SHOWN_LATENTS = 3  # 9 frames: the first latent, and two that look back
-PACKAGES = ("torch", "triton", "diffusers", "fastvae")
-OURS = "wanrt"
-
-
-@dataclass(frozen=True)
-class RaceRun:
-    """One implementation at one size. See the module's head."""
-
-    size: str
-    implementation: str
-    dtype: str
-    calls: Mapping[str, Timing]
-    build_s: float
-    warm_up_s: float
-    state_mib: float | None
-    peak_mib: float | None  # most that the device's allocator held, whole clips left out; None on a CPU
-    clip_peak_mib: float | None  # with them
-    error_against_diffusers: float | None  # None without diffusers
-
-    def ratios(self, ours: RaceRun | None) -> dict[str, float]:
-        """Median over wanrt's, call by call, where both were measured."""
-        known = {} if ours is None else ours.calls
-        return {name: t.p50_ms / known[name].p50_ms for name, t in self.calls.items() if name in known}
-
-
-@dataclass(frozen=True)
-class Race:
-    """All runs so far, in order, and what they were made with."""
-
-    settings: Mapping[str, object]
-    runs: tuple[RaceRun | Unmeasured, ...] = ()
-
-    def ours(self, size: str) -> RaceRun | None:
-        """wanrt's own run of a size."""
-        found = (
-            r for r in self.runs if isinstance(r, RaceRun) and (r.size, r.implementation) == (size, OURS)
-        )
-        return next(found, None)
-
-    def document(self) -> dict[str, object]:
-        """As JSON: settings, runs with their ratios, versions, the machine."""
-        import torch
-
-        from wanrt.telemetry.export import installed_version, machine
-
-        versions = {name: installed_version(name) for name in PACKAGES}
-        return {
-            "schema": 1,
-            "settings": dict(self.settings),
-            "runs": [self._run(run) for run in self.runs],
-            "versions": {**versions, "cudnn": torch.backends.cudnn.version()},
-            "machine": machine(),
-        }
-
-    def _run(self, run: RaceRun | Unmeasured) -> dict[str, object]:
-        if isinstance(run, Unmeasured):
-            return run.document()
-        return {**asdict(run), "ratios": run.ratios(self.ours(run.size))}
-
-    def table(self) -> str:
-        """A line for each implementation and call; what it took to get there; what was not measured."""
-        from wanrt.probes.vae_entrants import CALLS
-
-        rows: list[tuple[str, ...]] = [("implementation", "call", "size", "ms", "p95", f"x {OURS}")]
-        measured = [run for run in self.runs if isinstance(run, RaceRun)]
-        for run in measured:
-            ratios = run.ratios(self.ours(run.size))
-            rows += [
-                (
-                    run.implementation,
-                    CALLS[name],
-                    run.size,
-                    f"{t.p50_ms:.2f}",
-                    f"{t.p95_ms:.2f}",
-                    f"{ratios[name]:.2f}",
-                )
-                for name, t in run.calls.items()
-            ]
-        left = [f"not measured: {run.name}: {run.reason}" for run in self.runs if isinstance(run, Unmeasured)]
-        about = f"medians, ms; a whole clip is {self.settings['clip_latents']} latents; random weights"
-        return "\n".join([*_aligned(rows), *(_about(run) for run in measured), *left, about])
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-
-
-def _about(run: RaceRun) -> str:
-    parts = [f"built in {run.build_s:.1f} s, warm after {run.warm_up_s:.1f} s more"]
-    if run.state_mib is not None:
-        parts.append(f"decoder state {run.state_mib:.1f} MiB")
-    if run.peak_mib is not None:
-        parts.append(f"peak {run.peak_mib:.0f} MiB")
-    if run.clip_peak_mib is not None:
-        parts.append(f"with a whole clip {run.clip_peak_mib:.0f} MiB")
-    if run.error_against_diffusers is not None:
-        parts.append(f"error {run.error_against_diffusers:.1e}")
-    return f"{run.implementation} {run.size}, {run.dtype}: {', '.join(parts)}"
 
 
 def race(
@@ -166,12 +63,18 @@ def race(
     device = choose_device(wanted[0].device)
     set_threads(device)
     precision = choose_precision(wanted[0].precision, device)
+    from wanrt.pipeline.run import one_line_errors
     from wanrt.probes.vae_entrants import OPENERS, Course
     from wanrt.probes.vae_stopwatch import Repetitions, on_device
 
+    if device.type == "cpu" and wanted[0].preset.vae.base_dim >= FULL_WIDTH:
+        log.warning(
+            "the full-size VAE on a CPU: a whole clip takes minutes to hours; see --preset, --size, --chunks"
+        )
+
     repetitions = Repetitions.of(calls, warm_up, device)
     found = Race(_settings(wanted[0], device, precision, graphs, clip, repetitions))
-    with on_device(device):
+    with on_device(device), one_line_errors():
         for job in wanted:
             course = Course.of(job, device, precision, graphs=graphs, clip=clip)
             reference = _reference(course)
@@ -234,15 +137,11 @@ def _reference(course: Course) -> torch.Tensor | None:
 def _run(
     name: str, course: Course, repetitions: Repetitions, reference: torch.Tensor | None
 ) -> RaceRun | Unmeasured:
-    from wanrt.pipeline.run import one_line_errors
     from wanrt.probes.vae_entrants import UnavailableError
 
     size = f"{course.job.width}x{course.job.height}"
     log.info("%s at %s", name, size)
     try:
-        if name == OURS:
-            with one_line_errors():
-                return _measure(name, size, course, repetitions, reference)
         return _measure(name, size, course, repetitions, reference)
     except UnavailableError as missing:
         return Unmeasured(f"{name} {size}", str(missing))
