@@ -48,6 +48,10 @@ def command(
     check: Annotated[
         bool, typer.Option("--check", help="Measure no time but the precision's error, step by step.")
     ] = False,
+    vae: Annotated[
+        bool,
+        typer.Option("--vae", help="Measure the VAE's calls alone, beside other implementations of them."),
+    ] = False,
     json: Annotated[
         Text, typer.Option("--json", metavar="FILE", help="Write the measurements there.")
     ] = None,
@@ -70,6 +74,15 @@ def command(
         "preset": preset, "size": size, "topology": topology, "window": window, "bias": bias, "steps": steps,
         "precision": precision, "device": device, "weights": weights, "random_weights": random_weights,
     }  # fmt: skip
+    if vae:
+        _refuse_beside_vae(
+            matrix=matrix, topology=topology, anchor=anchor, check=check, window=window, bias=bias, steps=steps,
+            weights=weights, compile=compile, budget=budget, resume=resume,
+        )  # fmt: skip
+        from wanrt.probes.vae_race import run_race
+
+        print(run_race(flags, chunks, warm_up, json, graphs=graphs))
+        return
     tuning = Tuning(graphs, compile)
     if check:
         if matrix is not None:
@@ -84,3 +97,9 @@ def command(
             print(run_campaign(campaign, entries))
         else:
             print(run_bench(flags, entries, chunks, warm_up, tuning, json, crew))
+
+
+def _refuse_beside_vae(**options: object) -> None:
+    given = ", ".join(f"--{name}" for name, value in options.items() if value)
+    if given:
+        raise UsageError(f"--vae with {given}: expected the VAE alone, on one device; leave out {given}")

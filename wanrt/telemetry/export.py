@@ -21,7 +21,7 @@ def stats_document(stats: Stats, settings: Mapping[str, object]) -> dict[str, ob
     """
     return {
         "schema": SCHEMA_VERSION,
-        "wanrt": _version("wanrt"),
+        "wanrt": installed_version("wanrt"),
         "machine": machine(),
         "settings": {key: _plain(value) for key, value in settings.items()},
         "stats": asdict(stats),
@@ -33,7 +33,7 @@ def machine() -> dict[str, object]:
     facts: dict[str, object] = {
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "triton", "av", "numpy")},
+        "versions": {name: installed_version(name) for name in ("torch", "triton", "av", "numpy")},
         "devices": [],
     }
     torch = sys.modules.get("torch")
@@ -44,7 +44,8 @@ def machine() -> dict[str, object]:
     return facts
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -84,7 +85,7 @@ def trace_document(
         "traceEvents": [*lanes.names(), *events],
         "displayTimeUnit": "ms",
         "otherData": {
-            "wanrt": _version("wanrt"),
+            "wanrt": installed_version("wanrt"),
             "spans_dropped": dropped,
             "settings": {key: _plain(value) for key, value in settings.items()},
         },
