@@ -148,12 +148,12 @@ def test_bf16_anchors_are_refused():
 
 @pytest.mark.gpu
 def test_graphs_replay_the_fast_path_bit_for_bit():
-    from wanrt.models.vae_graph import GraphedVae, measured_convolutions
+    from wanrt.models.vae_graph import GraphedVae, convolutions
 
     fast = FastVae(random_vae(CONFIGS[0], "cuda"), dtype=torch.bfloat16).cuda()
     graphed = GraphedVae(fast, width=96, height=64)
     pixels = torch.rand(1, 3, 1, 64, 96, device="cuda") * 2 - 1
-    with measured_convolutions():
+    with convolutions(fast):
         for _ in range(2):  # a second stream after reset() forgets the first
             latents = torch.randn(1, 16, 5, 8, 12, device="cuda")
             want = run_decode(fast, latents, fast.decoder_state())

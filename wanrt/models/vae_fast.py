@@ -5,7 +5,7 @@
 - A causal 3x3x3 convolution with T frames and two remembered ones is a 3-D convolution without padding in time, or
   for T = 1 a 2-D convolution over the three frames stacked as channels. `wanrt_kernels.norm_stack` writes its input
   while it finishes the previous layer (bias, skip connection, RMSNorm, SiLU) and updates the stream's state in
-  place; cuDNN does the rest in channels-last.
+  place. On Hopper `wanrt_kernels.conv_window` does the rest, for T = 1 too, elsewhere cuDNN in channels-last.
 - Nearest upsampling followed by a 3x3 convolution reads each input pixel up to nine times through four phases.
   Summing the taps that meet the same pixel gives four 2x2 kernels: one convolution with 4 C outputs on the small
   picture, 4/9 of the arithmetic; `norm_stack` reads its output in picture order.
@@ -39,6 +39,7 @@ from wanrt.models.vae import (
     WanVae,
     convolve_window,
 )
+from wanrt_kernels.conv_window import conv_window, why_not
 from wanrt_kernels.norm_stack import norm_stack
 
 TENSOR_CORE_CHANNELS = 8  # cuDNN's tensor-core kernels want channel counts that divide by 8
@@ -98,7 +99,9 @@ def _scale_of(norm: RMSNorm) -> Tensor:
 
 
 def conv3d_nhwc(window: Tensor, weight: Tensor) -> Tensor:
-    """[T + 2, H, W, C] x [O, C, 3, k, k] (channels-last) -> [T, H, W, O], contiguous, without a bias."""
+    """[T + 2, H, W, C] x [O, C, 3, 3, 3] (channels-last) -> [T, H, W, O], contiguous, without a bias."""
+    if why_not(window.device, weight.shape[1], weight.shape[0], window.dtype) is None:
+        return conv_window(window, weight.permute(0, 2, 3, 4, 1).flatten(1))
     out = convolve_window(window.permute(3, 0, 1, 2)[None], weight, None)
     return out[0].permute(1, 2, 3, 0).contiguous()  # a no-op on CUDA
 
@@ -109,8 +112,12 @@ class FastConv(nn.Module):
     Args:
         conv: whose weights are repacked.
         dtype: of the copies.
-        frames: that a stream under way brings at a time. More than one: windows; one: a stack.
+        frames: that a stream under way brings at a time. For one, cuDNN is better off with a stack.
         pad_in, pad_out: zero channels to add.
+
+    Attributes:
+        windows: whether it takes windows of a stream under way, or stacks.
+        why_cudnn: None, or why cuDNN convolves them.
     """
 
     steady: Tensor  # [O, C, 3, k, k] for windows, [O, 3C, k, k] for stacks
@@ -121,8 +128,12 @@ class FastConv(nn.Module):
         self, conv: CausalConv3d, dtype: torch.dtype, frames: int = 1, *, pad_in: int = 0, pad_out: int = 0
     ) -> None:
         super().__init__()
-        self.path, self.windows = conv.path, frames > 1
+        self.path = conv.path
         weight = F.pad(conv.weight.detach().float(), (0, 0) * 3 + (0, pad_in, 0, pad_out))
+        self.why_cudnn: str | None = "not 3x3x3"
+        if conv.kernel_size == (3, 3, 3):
+            self.why_cudnn = why_not(weight.device, weight.shape[1], weight.shape[0], dtype)
+        self.windows = frames > 1 or self.why_cudnn is None
         if self.windows:
             steady = weight.to(dtype).contiguous(memory_format=torch.channels_last_3d)
         else:
@@ -388,6 +399,12 @@ class FastVae(nn.Module):
         self.register_buffer("raw_bias", conv2 @ mean + _bias_of(vae.conv2).float())
         self.register_buffer("to_mean", conv1 / std[:, None])
         self.register_buffer("mean_bias", (_bias_of(vae.conv1).float()[:z] - mean) / std)
+
+    @property
+    def why_cudnn(self) -> str | None:
+        """Why cuDNN convolves what is most of a decode; None: wanrt's own kernel does."""
+        last = next(block for block in reversed(self.decoder.blocks) if isinstance(block, FastResidual))
+        return last.conv2.why_cudnn
 
     def decoder_state(self) -> VaeState:
         """A fresh state for one stream of `decode`; `WanVae.decode` can continue it and the other way round."""

@@ -18,17 +18,21 @@ from wanrt.models.vae_fast import FastVae
 WARM_UP_CALLS = 3  # cuDNN picks its algorithms in the first, its workspaces settle in the second
 
 
-def measured_convolutions() -> AbstractContextManager[None]:
-    """Let cuDNN time its algorithms once per shape and keep the fastest.
+def convolutions(vae: FastVae) -> AbstractContextManager[None]:
+    """How cuDNN chooses its algorithms for what is left to it: by rule where that is little, else by a race.
 
-    Its rule of thumb is not usable: for the 3-D convolutions at full size it takes one of half the speed (H100, cuDNN
-    9.19, fp16, 96 channels: 1.47 against 0.69 ms). The price: another algorithm may win in another process, and may
-    round otherwise.
+    By rule the same command gives the same bits twice. But for the 3-D convolutions of a decode the rule takes
+    algorithms of half the speed (H100, cuDNN 9.19, fp16, 96 channels at 576x320: 1.47 against 0.69 ms). A race takes
+    seconds before the first frame, and another algorithm may win in another process, and round otherwise.
     """
     cudnn = torch.backends.cudnn
     # `flags` switches cuDNN off unless told otherwise; limit 0 tries every algorithm, not the likeliest ten
     return cudnn.flags(
-        enabled=True, benchmark=True, benchmark_limit=0, deterministic=False, allow_tf32=cudnn.allow_tf32
+        enabled=True,
+        benchmark=vae.why_cudnn is not None,
+        benchmark_limit=0,
+        deterministic=False,
+        allow_tf32=cudnn.allow_tf32,
     )
 
 
@@ -38,13 +42,14 @@ class GraphedCall:
     Args:
         function: reads its argument's memory; allocates only through PyTorch.
         static: the input's home; calls copy into it.
+        vae: whose function it is.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], static: Tensor) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], static: Tensor, vae: FastVae) -> None:
         self.static = static
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), measured_convolutions():
+        with torch.cuda.stream(side), convolutions(vae):
             for _ in range(WARM_UP_CALLS):
                 function(static)
             self.graph = torch.cuda.CUDAGraph()
@@ -80,9 +85,9 @@ class GraphedVae:
         latent = torch.zeros(1, vae.config.z_dim, 1, height // 8, width // 8, device=device)
         pixels = torch.zeros(1, 3, 1, height, width, device=device)
         with torch.cuda.device(device):
-            self._first = GraphedCall(self._decode_as(started=False), latent)
-            self._next = GraphedCall(self._decode_as(started=True), latent)
-            self._encode = GraphedCall(vae.encode_frame, pixels)
+            self._first = GraphedCall(self._decode_as(started=False), latent, vae)
+            self._next = GraphedCall(self._decode_as(started=True), latent, vae)
+            self._encode = GraphedCall(vae.encode_frame, pixels, vae)
         self._state.reset()
 
     def _decode_as(self, *, started: bool) -> Callable[[Tensor], Tensor]:

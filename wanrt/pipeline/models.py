@@ -236,7 +236,11 @@ def _repacked(vae: WanVae, precision: Precision) -> WanVae | FastVae:
 
     if next(vae.parameters()).device.type != "cuda":
         return vae
-    return FastVae(vae, dtype=precision.vae, encode_dtype=precision.vae)
+    fast = FastVae(vae, dtype=precision.vae, encode_dtype=precision.vae)
+    reason = fast.why_cudnn
+    by = "wanrt's Hopper kernel" if reason is None else f"cuDNN, its algorithms by a race ({reason})"
+    log.info("VAE: convolutions in time by %s", by)
+    return fast
 
 
 def _graphed(

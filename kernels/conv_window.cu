@@ -1,0 +1,186 @@
+// A causal 3x3x3 convolution over a window of frames, for Hopper: an implicit matrix product on its tensor cores.
+//
+//   out[t, y, x, o] = sum over dt, dy, dx, c of  frames[t + dt, y + dy - 1, x + dx - 1, c] * weights[o, dt, dy, dx, c]
+//
+// frames [T + 2, H, W, C], weights [O, 27 C], out [T, H, W, O]; sums in fp32. A block computes BM pixels (16 wide) of
+// one frame times BN outputs. One thread of the third warpgroup fetches: a step is a tap and some of its channels; the
+// copy engine reads a box of pixels shifted by the tap and fills zeros outside the picture, so nothing is padded or
+// unrolled in memory. The first two warpgroups multiply half of the pixels each. Blocks take tiles in turn, and the
+// fetching runs ahead into the next tile while the last one is stored. No atomics, no split sums: same bits every time.
+//
+// Given by the host: CHANNELS, OUTPUTS, BM, BN, KC (channels of a box: 64 with 128-byte rows, 32 with 64-byte rows),
+// BOXES (boxes of a step), STAGES, PACK (PTX that rounds two floats), and `wgmma`, written for BN outputs.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct alignas(64) TensorMap {
+    char opaque[128];
+};
+
+constexpr int TILE_W = 16, TILE_H = BM / TILE_W;
+constexpr int BLOCKS_M = BM / 128;  // 64-row products of a warpgroup
+constexpr int ROW = KC * 2;         // bytes
+constexpr int A_BOX = BM * ROW, B_BOX = BN * ROW;
+constexpr int A_STAGE = BOXES * A_BOX, B_STAGE = BOXES * B_BOX;
+constexpr int CHUNKS = CHANNELS / (KC * BOXES);  // steps of a tap
+constexpr int STEPS = 27 * CHUNKS;
+constexpr int N_TILES = OUTPUTS / BN;
+constexpr int CONSUMER_WARPS = 8;
+
+__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra through;\n"
+        "bra again;\n"
+        "through:\n"
+        "}" ::"r"(bar), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void fetch_frames(u32 to, const TensorMap* map, u32 bar, int c, int x, int y, int t) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+        ::"r"(to), "l"(map), "r"(bar), "r"(c), "r"(x), "r"(y), "r"(t) : "memory");
+}
+
+__device__ __forceinline__ void fetch_weights(u32 to, const TensorMap* map, u32 bar, int k, int o) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+        ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(o) : "memory");
+}
+
+// Matrix descriptor of rows of ROW bytes in the copy engine's swizzle (PTX ISA, "Matrix Descriptor Format").
+__device__ __forceinline__ u64 descriptor(u32 address) {
+    constexpr u64 swizzle = ROW == 128 ? 1 : 2;  // 128 or 64 bytes
+    constexpr u64 eight_rows = 8 * ROW;
+    return ((address & 0x3FFFF) >> 4) | (1ull << 16) | ((eight_rows >> 4) << 32) | (swizzle << 62);
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 both;
+    asm(PACK " %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+struct Tile {
+    int x, y, t, o;
+
+    __device__ __forceinline__ Tile(int index, int across, int down) {
+        o = index % N_TILES * BN;
+        index /= N_TILES;
+        x = index % across * TILE_W;
+        index /= across;
+        y = index % down * TILE_H;
+        t = index / down;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
+    const __grid_constant__ TensorMap frames, const __grid_constant__ TensorMap weights, u32* out,
+    int tiles, int across, int down, int height, int width) {
+    extern __shared__ char shared[];
+    const u32 base = ((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
+    const u32 a_base = base, b_base = base + STAGES * A_STAGE;
+    const u32 full = b_base + STAGES * B_STAGE, empty = full + STAGES * 8;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; ++s) {
+            barrier_init(full + 8 * s, 1);
+            barrier_init(empty + 8 * s, CONSUMER_WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+
+    const int group = threadIdx.x / 128;
+    if (group == 2) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x == 256) {
+            int stage = 0;
+            u32 phase = 0;
+            for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+                const Tile tile(index, across, down);
+                for (int step = 0; step < STEPS; ++step) {
+                    const int tap = step / CHUNKS, c = step % CHUNKS * (KC * BOXES);
+                    const int dt = tap / 9, dy = tap / 3 % 3, dx = tap % 3;
+                    const u32 bar = full + 8 * stage;
+                    barrier_wait(empty + 8 * stage, phase ^ 1);
+                    barrier_expect(bar, A_STAGE + B_STAGE);
+#pragma unroll
+                    for (int box = 0; box < BOXES; ++box) {
+                        const int channel = c + box * KC;
+                        fetch_frames(a_base + stage * A_STAGE + box * A_BOX, &frames, bar, channel,
+                                     tile.x + dx - 1, tile.y + dy - 1, tile.t + dt);
+                        fetch_weights(b_base + stage * B_STAGE + box * B_BOX, &weights, bar,
+                                      tap * CHANNELS + channel, tile.o);
+                    }
+                    if (++stage == STAGES) stage = 0, phase ^= 1;
+                }
+            }
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+        int stage = 0;
+        u32 phase = 0;
+        for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+            float sums[BLOCKS_M][BN / 2];
+#pragma unroll
+            for (int m = 0; m < BLOCKS_M; ++m)
+#pragma unroll
+                for (int i = 0; i < BN / 2; ++i) sums[m][i] = 0.0f;
+            int before = -1;  // the stage whose products may still run
+            for (int step = 0; step < STEPS; ++step) {
+                barrier_wait(full + 8 * stage, phase);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (int box = 0; box < BOXES; ++box) {
+                    const u64 a = descriptor(a_base + stage * A_STAGE + box * A_BOX + group * (BLOCKS_M * 64 * ROW));
+                    const u64 b = descriptor(b_base + stage * B_STAGE + box * B_BOX);
+#pragma unroll
+                    for (int k = 0; k < KC / 16; ++k)  // 16 channels are 32 bytes, 2 units of a descriptor
+#pragma unroll
+                        for (int m = 0; m < BLOCKS_M; ++m)
+                            wgmma(sums[m], a + 2 * k + m * (64 * ROW >> 4), b + 2 * k);
+                }
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                if (before >= 0 && lane == 0) barrier_arrive(empty + 8 * before);
+                before = stage;
+                if (++stage == STAGES) stage = 0, phase ^= 1;
+            }
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            if (lane == 0) barrier_arrive(empty + 8 * before);
+
+            const Tile tile(index, across, down);
+#pragma unroll
+            for (int m = 0; m < BLOCKS_M; ++m)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int row = (group * BLOCKS_M + m) * 64 + warp * 16 + half * 8 + lane / 4;
+                    const int y = tile.y + row / TILE_W, x = tile.x + row % TILE_W;
+                    if (y < height && x < width) {
+                        const long long pixel = ((long long)tile.t * height + y) * width + x;
+                        u32* to = out + (pixel * OUTPUTS + tile.o + lane % 4 * 2) / 2;
+#pragma unroll
+                        for (int j = 0; j < BN / 8; ++j)
+                            to[j * 4] = pack(sums[m][j * 4 + half * 2], sums[m][j * 4 + half * 2 + 1]);
+                    }
+                }
+        }
+    }
+}

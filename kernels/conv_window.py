@@ -1,0 +1,219 @@
+"""The causal 3x3x3 convolution over a window of frames, for Hopper: `conv_window.cu` and what surrounds it.
+
+cuDNN has faster and slower algorithms for it and no rule that finds the fast ones; a race finds them, but another one
+may win in another process and rounds otherwise. This kernel is one algorithm: same bits every time, nothing to race.
+
+Layout: channels last. T frames behind two older ones, C channels in, O out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wanrt_kernels import nvrtc
+
+ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
+TYPES = {torch.float16: ("f16", 6), torch.bfloat16: ("bf16", 9)}  # PTX's name, CUtensorMapDataType
+TILE_WIDTH, THREADS = 16, 384
+SHARED_BYTES = 232448  # 227 KiB, all that a block of this architecture may have
+SLACK_BYTES = 1024 + 256  # for alignment, and for the barriers
+# (pixels, outputs) of a tile: what a product costs in it, relative. Small ones read more shared memory for each.
+TILES = {(256, 192): 1.0, (128, 192): 1.05, (256, 96): 1.05, (128, 96): 1.15}
+SWIZZLES = {64: 2, 128: 3}  # bytes of a row: CUtensorMapSwizzle
+L2_PROMOTION = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+
+
+def conv_window_ref(window: Tensor, weight: Tensor) -> Tensor:
+    """Compute what `conv_window` computes, with PyTorch's own convolution. Same arguments, same result."""
+    taps = weight.unflatten(1, (3, 3, 3, -1)).permute(0, 4, 1, 2, 3)
+    out = F.conv3d(window.permute(3, 0, 1, 2)[None], taps, padding=(0, 1, 1))
+    return out[0].permute(1, 2, 3, 0).contiguous()
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """One compiled form.
+
+    Attributes:
+        channels, outputs: C and O.
+        pixels: of a block's tile, 128 or 256; 16 wide.
+        columns: outputs of a tile.
+        chunk: channels of a box in shared memory: 64 (rows of 128 bytes) or 32 (64).
+        boxes: boxes of a step.
+        kind: "f16" or "bf16".
+    """
+
+    channels: int
+    outputs: int
+    pixels: int
+    columns: int
+    chunk: int
+    boxes: int
+    kind: str
+
+    @property
+    def stages(self) -> int:
+        """Steps that shared memory holds."""
+        step = self.boxes * self.chunk * 2 * (self.pixels + self.columns)
+        return (SHARED_BYTES - SLACK_BYTES) // step
+
+    def tiles(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(tiles of the whole clip, tiles across, tiles down)."""
+        across = -(-width // TILE_WIDTH)
+        down = -(-height // (self.pixels // TILE_WIDTH))
+        return across * down * frames * (self.outputs // self.columns), across, down
+
+    def source(self) -> str:
+        """The kernel's CUDA C++ with this form's numbers in front."""
+        numbers = {
+            "CHANNELS": self.channels, "OUTPUTS": self.outputs, "BM": self.pixels, "BN": self.columns,
+            "KC": self.chunk, "BOXES": self.boxes, "STAGES": self.stages, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
+        }  # fmt: skip
+        defines = "".join(f"#define {name} {value}\n" for name, value in numbers.items())
+        kernel = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
+        return defines + wgmma_source(self.columns, self.kind) + kernel
+
+
+def wgmma_source(columns: int, kind: str) -> str:
+    """`wgmma(sums, a, b)`: 64 x `columns` sums += 64 x 16 times 16 x `columns`, both operands in shared memory."""
+    count = columns // 2  # sums a thread
+    registers = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    return f"""__device__ __forceinline__ void wgmma(
+    float (&d)[{count}], unsigned long long a, unsigned long long b) {{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} "
+                 "{{{registers}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;" : {operands} : "l"(a), "l"(b));
+}}
+"""
+
+
+def forms(channels: int, outputs: int, kind: str) -> tuple[ConvConfig, ...]:
+    """The kernel's forms for these sizes, large tiles first; none where it has none."""
+    chunk = next((c for c, multiple in ((64, 64), (32, 96)) if channels % multiple == 0), 0)
+    boxes = 1 if chunk == 64 else 3
+    return tuple(
+        ConvConfig(channels, outputs, pixels, columns, chunk, boxes, kind)
+        for pixels, columns in TILES
+        if chunk and outputs % columns == 0
+    )
+
+
+def choose(options: tuple[ConvConfig, ...], clip: tuple[int, int, int], processors: int) -> ConvConfig:
+    """The form that leaves the fewest multiprocessors idle in its last wave, the larger one where they are alike.
+
+    clip: frames, height, width.
+    """
+
+    def cost(form: ConvConfig) -> float:
+        waves = -(-form.tiles(*clip)[0] // processors)
+        return waves * form.pixels * form.columns * TILES[form.pixels, form.columns]
+
+    return min(options, key=cost)
+
+
+def why_not(device: torch.device, channels: int, outputs: int, dtype: torch.dtype) -> str | None:
+    """Why this kernel is not for a convolution, in a few words; None: it is."""
+    if device.type != "cuda":
+        return f"{device} is not a CUDA device"
+    if torch.cuda.get_device_capability(device) != CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is not a Hopper GPU"
+    if dtype not in TYPES:
+        return f"{dtype} is not a half precision"
+    if not forms(channels, outputs, TYPES[dtype][0]):
+        return f"no form for {channels} channels to {outputs}"
+    try:
+        nvrtc.nvrtc()
+        nvrtc.driver()
+    except nvrtc.NvrtcError as error:
+        return str(error)
+    return None
+
+
+def conv_window(window: Tensor, weight: Tensor) -> Tensor:
+    """Convolve [T + 2, H, W, C] with [O, 27 C] to [T, H, W, O]: valid in time, zeros around the picture.
+
+    Args:
+        window: contiguous, fp16 or bf16, on a device for which `why_not` has nothing to say.
+        weight: contiguous, in the window's dtype; 27 taps (time, row, column) of C channels for each output.
+
+    Returns:
+        A new tensor in the window's dtype, summed in fp32, without a bias.
+
+    Raises:
+        ValueError: shapes, layout or dtypes that do not fit, with what was got and expected.
+        NvrtcError: what the compiler or the driver says.
+    """
+    _check(window, weight)
+    frames, height, width, channels = window.shape
+    processors = torch.cuda.get_device_properties(window.device).multi_processor_count
+    options = forms(channels, weight.shape[0], TYPES[window.dtype][0])
+    return launch(window, weight, choose(options, (frames - 2, height, width), processors))
+
+
+def launch(window: Tensor, weight: Tensor, form: ConvConfig) -> Tensor:
+    """Launch one form of the kernel; arguments as for `conv_window`, which has checked them."""
+    frames, height, width, _ = window.shape
+    clip = (frames - 2, height, width)
+    out = window.new_empty(*clip, form.outputs)
+    tiles, across, down = form.tiles(*clip)
+    swizzle, code = SWIZZLES[2 * form.chunk], TYPES[window.dtype][1]
+    processors = torch.cuda.get_device_properties(window.device).multi_processor_count
+    with torch.cuda.device(window.device):
+        arguments = (
+            tensor_map(window, (form.chunk, TILE_WIDTH, form.pixels // TILE_WIDTH, 1), swizzle, code),
+            tensor_map(weight, (form.chunk, form.columns), swizzle, code),
+            ctypes.c_void_p(out.data_ptr()),
+            *(ctypes.c_int(value) for value in (tiles, across, down, height, width)),
+        )
+        _function(form, window.device.index)(min(tiles, processors), THREADS, arguments)
+    return out
+
+
+def _check(window: Tensor, weight: Tensor) -> None:
+    if window.dim() != 4 or window.shape[0] < 3 or not window.is_contiguous():
+        raise ValueError(
+            f"window: got shape {tuple(window.shape)}, strides {window.stride()}; expected contiguous [T + 2, H, W, C]"
+        )
+    reason = why_not(window.device, window.shape[3], weight.shape[0], window.dtype)
+    if reason is not None:
+        raise ValueError(f"conv_window: {reason}; use conv_window_ref")
+    if (
+        weight.shape[1:] != (27 * window.shape[3],)
+        or weight.dtype != window.dtype
+        or not weight.is_contiguous()
+    ):
+        raise ValueError(
+            f"weight: got {weight.dtype} {tuple(weight.shape)}; expected contiguous {window.dtype} "
+            f"[O, {27 * window.shape[3]}]"
+        )
+
+
+@cache
+def _function(form: ConvConfig, device: int) -> nvrtc.Function:
+    """Compiled and loaded once a form and device, in about half a second."""
+    return nvrtc.Function(nvrtc.compile_cubin(form.source(), ARCHITECTURE), "conv_window", SHARED_BYTES)
+
+
+def tensor_map(x: Tensor, box: tuple[int, ...], swizzle: int, code: int) -> ctypes.Array:
+    """The copy engine's description (CUtensorMap, 128 bytes) of a contiguous tensor, read in boxes.
+
+    box: its sizes, innermost axis first. Outside the tensor it reads zeros.
+    """
+    rank = x.dim()
+    sizes = (ctypes.c_uint64 * rank)(*reversed(x.shape))
+    strides = (ctypes.c_uint64 * (rank - 1))(*(s * x.element_size() for s in reversed(x.stride()[:-1])))
+    boxes, steps = (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*(1,) * rank)
+    room = (ctypes.c_char * 192)()  # the description must begin at a multiple of 64
+    described = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)
+    layout = (sizes, strides, boxes, steps)
+    address = ctypes.c_void_p(x.data_ptr())
+    encode = nvrtc.driver().cuTensorMapEncodeTiled
+    nvrtc.check(encode(ctypes.byref(described), code, rank, address, *layout, 0, swizzle, L2_PROMOTION, 0))
+    return described

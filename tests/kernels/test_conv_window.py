@@ -1,0 +1,165 @@
+"""The Hopper convolution: its forms and source here, its numbers on a GPU."""
+
+import ctypes
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wanrt_kernels import nvrtc
+from wanrt_kernels.conv_window import (
+    SHARED_BYTES,
+    SLACK_BYTES,
+    TYPES,
+    ConvConfig,
+    choose,
+    conv_window,
+    conv_window_ref,
+    forms,
+    launch,
+    why_not,
+)
+
+SHAPES = [(96, 96), (192, 192), (192, 384), (384, 384), (384, 192)]  # of the Wan VAE's decoder
+
+
+def draw(*shape, device="cpu", dtype=torch.float32, scale=1.0):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+
+def packed(weight):
+    """[O, C, 3, 3, 3] as [O, 27 C]."""
+    return weight.permute(0, 2, 3, 4, 1).flatten(1)
+
+
+def test_reference_is_a_causal_convolution():
+    window, weight = draw(5, 6, 7, 8), draw(4, 8, 3, 3, 3)
+    clip = window.permute(3, 0, 1, 2)[None]
+    want = F.conv3d(F.pad(clip, (1, 1, 1, 1, 0, 0)), weight)[0].permute(1, 2, 3, 0)
+    torch.testing.assert_close(conv_window_ref(window, packed(weight)), want)
+
+
+@pytest.mark.parametrize(("channels", "outputs"), SHAPES)
+def test_forms_fill_shared_memory_and_cover_the_channels(channels, outputs):
+    found = forms(channels, outputs, "f16")
+    assert len(found) == (2 if outputs % 192 else 4)
+    for form in found:
+        step = form.boxes * form.chunk * 2 * (form.pixels + form.columns)
+        assert form.stages >= 3
+        assert form.stages * step + SLACK_BYTES <= SHARED_BYTES
+        assert channels % (form.chunk * form.boxes) == 0
+        assert outputs % form.columns == 0
+        # what the copy engine's swizzle and the tensor cores' descriptors want
+        assert form.columns * form.chunk * 2 % 1024 == 0
+
+
+def test_other_sizes_have_no_form():
+    assert forms(16, 16, "f16") == ()
+    assert forms(96, 8, "f16") == ()
+    assert "not a CUDA device" in why_not(torch.device("cpu"), 96, 96, torch.float16)
+    with pytest.raises(ValueError, match="not a CUDA device; use conv_window_ref"):
+        conv_window(draw(3, 4, 4, 96), draw(96, 27 * 96))
+
+
+def tile(form):
+    return form.pixels, form.columns
+
+
+def test_the_tile_is_chosen_by_its_last_wave():
+    options = forms(384, 384, "f16")
+    # 80 x 144, 2 frames: 180 large tiles need two waves of 132, 360 of half the size three
+    assert tile(choose(options, (2, 80, 144), 132)) == (128, 192)
+    assert tile(choose(options, (4, 320, 576), 132)) == (256, 192)
+    # 40 x 72, 1 frame: one wave whatever the tile
+    assert tile(choose(options, (1, 40, 72), 132)) == (128, 96)
+
+
+def test_tiles_cover_pictures_that_they_do_not_divide():
+    form = forms(384, 384, "f16")[0]
+    assert form.tiles(2, 120, 208) == (13 * 8 * 2 * 2, 13, 8)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize(("channels", "outputs"), SHAPES)
+def test_every_form_compiles(channels, outputs, kind):
+    try:
+        nvrtc.nvrtc()
+    except nvrtc.NvrtcError as error:
+        pytest.skip(str(error))
+    for form in forms(channels, outputs, kind):
+        assert nvrtc.compile_cubin(form.source(), "sm_90a")[:4] == b"\x7fELF"
+
+
+def test_a_source_that_does_not_compile_says_why(monkeypatch):
+    try:
+        nvrtc.nvrtc()
+    except nvrtc.NvrtcError as error:
+        pytest.skip(str(error))
+    with pytest.raises(nvrtc.NvrtcError, match="undefined"):
+        nvrtc.compile_cubin("void f() { g(); }", "sm_90a")
+
+
+def test_the_source_has_its_numbers_in_front():
+    form = ConvConfig(96, 96, 128, 96, 32, 3, "bf16")
+    source = form.source()
+    assert '#define PACK "cvt.rn.bf16x2.f32"' in source
+    assert "m64n96k16.f32.bf16.bf16" in source
+    assert f"#define STAGES {form.stages}\n" in source
+
+
+def error(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("clip", [(1, 5, 7), (2, 40, 72), (3, 33, 50)])
+@pytest.mark.parametrize(("channels", "outputs"), SHAPES)
+def test_as_exact_as_cudnn(channels, outputs, clip, dtype):
+    reason = why_not(torch.device("cuda", 0), channels, outputs, dtype)
+    if reason is not None:
+        pytest.skip(reason)
+    frames, height, width = clip
+    window = draw(frames + 2, height, width, channels, device="cuda", dtype=dtype)
+    weight = draw(outputs, 27 * channels, device="cuda", dtype=dtype, scale=(27 * channels) ** -0.5)
+    exact = conv_window_ref(window.double(), weight.double())
+    limit = 1.05 * error(conv_window_ref(window, weight), exact)
+    results = [launch(window, weight, form) for form in forms(channels, outputs, TYPES[dtype][0])]
+    for got in (*results, conv_window(window, weight)):
+        assert got.shape == (*clip, outputs)
+        assert error(got, exact) <= limit
+        assert torch.equal(got, results[0]), "tiles of another size, or another run, must not round otherwise"
+
+
+@pytest.mark.gpu
+def test_inside_a_cuda_graph():
+    if why_not(torch.device("cuda", 0), 96, 96, torch.float16) is not None:
+        pytest.skip("not a Hopper GPU")
+    window = draw(6, 32, 48, 96, device="cuda", dtype=torch.float16)
+    weight = draw(96, 27 * 96, device="cuda", dtype=torch.float16, scale=0.02)
+    conv_window(window, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = conv_window(window, weight)
+    window.mul_(0.5)
+    graph.replay()
+    assert torch.equal(captured, conv_window(window, weight))
+
+
+def test_the_copy_engine_gets_sizes_innermost_first(monkeypatch):
+    from wanrt_kernels import conv_window as module
+
+    seen = []
+
+    class Driver:
+        def cuTensorMapEncodeTiled(self, described, code, rank, address, sizes, strides, box, steps, *rest):
+            seen.append((code, rank, list(sizes), list(strides), list(box), list(steps), rest))
+            return 0
+
+    monkeypatch.setattr(nvrtc, "driver", Driver)
+    window = torch.zeros(4, 5, 6, 96, dtype=torch.float16)
+    described = module.tensor_map(window, (32, 16, 16, 1), 2, 6)
+    assert ctypes.addressof(described) % 64 == 0
+    strides = [96 * 2, 6 * 96 * 2, 5 * 6 * 96 * 2]
+    assert seen == [(6, 4, [96, 6, 5, 4], strides, [32, 16, 16, 1], [1, 1, 1, 1], (0, 2, 3, 0))]
