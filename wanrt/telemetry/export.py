@@ -9,6 +9,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from wanrt import __version__
 from wanrt.telemetry.spans import Mark, Span
 from wanrt.telemetry.stats import SCHEMA_VERSION, Stats
 
@@ -21,7 +22,7 @@ def stats_document(stats: Stats, settings: Mapping[str, object]) -> dict[str, ob
     """
     return {
         "schema": SCHEMA_VERSION,
-        "wanrt": installed_version("wanrt"),
+        "wanrt": __version__,
         "machine": machine(),
         "settings": {key: _plain(value) for key, value in settings.items()},
         "stats": asdict(stats),
@@ -85,7 +86,7 @@ def trace_document(
         "traceEvents": [*lanes.names(), *events],
         "displayTimeUnit": "ms",
         "otherData": {
-            "wanrt": installed_version("wanrt"),
+            "wanrt": __version__,
             "spans_dropped": dropped,
             "settings": {key: _plain(value) for key, value in settings.items()},
         },

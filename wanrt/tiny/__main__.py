@@ -167,7 +167,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         if args.more:
             shots["latent anchors"] = Shot(args.chunks, anchor="latent", half=half)
             many = tuple(1000 * 5 * s / (1 + 4 * s) for s in [1 - i / 16 for i in range(16)])
-            shots["sixteen steps"] = Shot(8, steps=many, half=half)
+            shots["sixteen steps"] = Shot(9, steps=many, half=half)
         for name, shot in shots.items():
             results[name] = measure(models, judge, prompts=count, shot=shot, batch=args.batch or 50)
             logger.info("%s (%.0f s): %s", name, time.monotonic() - begun, json.dumps(results[name]))

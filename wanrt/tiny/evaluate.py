@@ -116,20 +116,40 @@ def _mean(rows: list[dict[str, float]], weights: list[int]) -> dict[str, float]:
     return {k: round(sum(r[k] * w for r, w in pairs) / total, 4) for k in ATTRIBUTES}
 
 
+def judged_chunks(chunks: int) -> tuple[list[int], list[int]]:
+    """First chunks of the windows to judge, from the video's start and from its end: 1 to 3 of four chunks each.
+
+    Three windows are 9 of the first 10 seconds, chunk 0 left out, and the last 9. Raises `ValueError` for a video too
+    short for one at each end.
+    """
+    count = min(3, (chunks - 1) // 8)
+    if count < 1:
+        raise ValueError(f"{chunks} chunks: expected at least 9, four to judge at each end")
+    return [1 + 4 * i for i in range(count)], [chunks - 4 * (count - i) for i in range(count)]
+
+
 def measure(models: Models, judge: Judge, *, prompts: int, shot: Shot, batch: int = 50) -> dict[str, Any]:
-    """Accuracies early (chunks 1 to 4) and late (the last four chunks) of videos from held-out prompts."""
+    """Accuracies early and late in videos from held-out prompts, over the windows of `judged_chunks`."""
     texts, labels = held_out_prompts(prompts)
-    early: list[dict[str, float]] = []
-    late: list[dict[str, float]] = []
-    sizes = []
-    n = shot.chunks
+    ends = dict(zip(("early", "late"), judged_chunks(shot.chunks), strict=True))
+    keep = {first + i for starts in ends.values() for first in starts for i in range(4)}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ends}
+    sizes: list[int] = []
     for i in range(0, prompts, batch):
         part = texts[i : i + batch]
-        kept = film(models, [part], shot, 1000 + i, {1, 2, 3, 4, n - 4, n - 3, n - 2, n - 1})
-        early.append(judged(judge, windows(kept, 1, 4), labels[i : i + batch]))
-        late.append(judged(judge, windows(kept, n - 4, n - 1), labels[i : i + batch]))
+        kept = film(models, [part], shot, 1000 + i, keep)
+        for name, starts in ends.items():
+            shown = [
+                judged(judge, windows(kept, first, first + 3), labels[i : i + batch]) for first in starts
+            ]
+            found[name].append(_mean(shown, [1] * len(shown)))
         sizes.append(len(part))
-    return {"early": _mean(early, sizes), "late": _mean(late, sizes), "chunks": n, "prompts": prompts}
+    return {
+        **{name: _mean(rows, sizes) for name, rows in found.items()},
+        "chunks": shot.chunks,
+        "windows": len(ends["early"]),
+        "prompts": prompts,
+    }
 
 
 def measure_change(models: Models, judge: Judge, *, prompts: int, shot: Shot) -> dict[str, Any]:
