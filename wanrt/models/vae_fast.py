@@ -263,7 +263,7 @@ class FastUpsample(nn.Module):
             # [even or odd frame, 3C in, C out], so that both frames come out contiguous
             matrix = self.time_conv.steady[:, :, 0, 0].unflatten(0, (2, -1))
             self.register_buffer("time", matrix.transpose(1, 2).contiguous())
-            self.register_buffer("time_bias", self.time_conv.bias.unflatten(0, (2, 1, -1)).to(dtype))
+            self.register_buffer("time_bias", self.time_conv.bias.unflatten(0, (2, -1)).to(dtype))
 
     def forward(self, pending: Pending, stream: Stream) -> Pending:
         """[T, H, W, C] -> shuffled [2T, H + 1, W + 1, 2C] (T for a first frame)."""
@@ -277,10 +277,14 @@ class FastUpsample(nn.Module):
         return Pending(conv2d_nhwc(x, self.phases), self.bias, shuffled=True)
 
     def _double_time(self, stacks: Tensor) -> Tensor:
-        """[T, H, W, 3C] -> [2T, H, W, C]."""
+        """[T, H, W, 3C] -> [2T, H, W, C]. Frame by frame: a product over all of them would copy its input twice."""
         frames, height, width, _ = stacks.shape
-        rows = stacks.view(frames, 1, height * width, -1)
-        return (torch.matmul(rows, self.time) + self.time_bias).view(2 * frames, height, width, -1)
+        rows = stacks.view(frames, height * width, -1)
+        out = rows.new_empty(frames, 2, height * width, self.time.shape[-1])
+        for t in range(frames):
+            for parity in (0, 1):
+                torch.addmm(self.time_bias[parity], rows[t], self.time[parity], out=out[t, parity])
+        return out.view(2 * frames, height, width, -1)
 
 
 def fold_nearest(weight: Tensor) -> Tensor:
@@ -303,7 +307,11 @@ def _fold_axis(weight: Tensor, axis: int, phase: int) -> Tensor:
 
 
 class FastDownsample(nn.Module):
-    """Stride-2 convolution, padded right and below; a lone frame is not halved in time."""
+    """Stride-2 convolution, padded right and below; a lone frame is not halved in time.
+
+    Its 3x3 kernel is given a first row and column of zeros: 4x4, padded on all sides, meets the same pixels, and the
+    picture need not be copied into a larger one.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -311,14 +319,13 @@ class FastDownsample(nn.Module):
     def __init__(self, block: Downsample, dtype: torch.dtype, frames: int) -> None:
         super().__init__()
         conv: Any = block.resample["1"]
-        self.register_buffer("weight", _channels_last(conv.weight, dtype))
+        self.register_buffer("weight", _channels_last(F.pad(conv.weight.detach(), (1, 0, 1, 0)), dtype))
         self.register_buffer("bias", _bias_of(conv).float())
 
     def forward(self, pending: Pending, stream: Stream) -> Pending:
         """[1, H, W, C] -> [1, H/2, W/2, C]."""
         x, _ = pending.finish()
-        padded = F.pad(x, (0, 0, 0, 1, 0, 1))
-        return Pending(conv2d_nhwc(padded, self.weight, padding=0, stride=2), self.bias)
+        return Pending(conv2d_nhwc(x, self.weight, padding=1, stride=2), self.bias)
 
 
 FAST_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
