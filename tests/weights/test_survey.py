@@ -91,6 +91,19 @@ def test_nothing_there(tmp_path):
         survey(tmp_path)
 
 
+def test_a_file_of_the_right_name_and_other_sizes_is_not_ready(directory):
+    (directory / "mystery.pt").rename(directory / "krea-realtime-video-14b.safetensors")
+    krea = load_preset("krea-14b")
+    by_name = readiness(krea, directory)
+    assert "transformer" not in by_name.missing
+    assert by_name.unfit == ()
+    looked = readiness(krea, directory, survey(directory))
+    assert looked.unfit == ("transformer",)
+    path = directory / "krea-realtime-video-14b.safetensors"
+    assert looked.advice == f"transformer of other sizes: {path}"
+    assert readiness(TINY, directory, survey(directory)).unfit == ()
+
+
 def test_readiness(directory):
     ready = readiness(load_preset("longlive-1.3b"), directory)
     assert ready.missing == ("transformer", "lora", "vae", "text_encoder", "tokenizer")

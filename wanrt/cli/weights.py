@@ -65,7 +65,7 @@ def check(
     from wanrt.weights import survey
 
     held = survey.survey(directory, deep=deep)
-    ready = [survey.readiness(p, directory) for p in survey.presets()] if directory.is_dir() else []
+    ready = [survey.readiness(p, directory, held) for p in survey.presets()] if directory.is_dir() else []
     report = survey.as_data(held, ready)
     print(json.dumps(report, indent=2) if as_json else survey.check_text(held, ready))
     if bad := [item.path for item in held if item.error]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,17 +36,24 @@ class Held:
 
 @dataclass(frozen=True)
 class Readiness:
-    """One preset: its parts that are there (part -> file), those that are not, and how to get them."""
+    """One preset: its parts that are there (part -> file), those that are not, and how to get them.
+
+    unfit: parts whose file, looked into, is something else.
+    """
 
     preset: str
     found: dict[str, str]
     missing: tuple[str, ...]
     embedded: bool
     can_pull: bool
+    unfit: tuple[str, ...] = ()
 
     @property
     def advice(self) -> str:
-        """What to do about what is missing."""
+        """What to do about what is missing or something else."""
+        if self.unfit:
+            parts = ", ".join(part.replace("_", " ") for part in self.unfit)
+            return f"{parts} of other sizes: {self.found[self.unfit[0]]}"
         if not self.missing:
             return "ready"
         parts = ", ".join(part.replace("_", " ") for part in self.missing)
@@ -74,9 +81,18 @@ def survey(path: Path, *, deep: bool = False) -> list[Held]:
     return held
 
 
-def readiness(preset: Preset, weights: Path | None) -> Readiness:
-    """Whether a preset can run from `weights`, or from the default places."""
+def readiness(preset: Preset, weights: Path | None, held: Iterable[Held] = ()) -> Readiness:
+    """Whether a preset can run from `weights`, or from the default places.
+
+    held: what `survey` found in `weights`: those files are known by what is in them, all others by their names.
+    """
     found = find_parts(preset, search_directories(weights))
+    surveyed = {} if weights is None else {weights / item.path: item for item in held}
+    unfit = tuple(
+        part
+        for part, path in found.items()
+        if path in surveyed and not any(fit.startswith(_fit(preset, part)) for fit in surveyed[path].fits)
+    )
     missing = tuple(part for part in wanted_parts(preset) if part not in found)
     return Readiness(
         preset.name,
@@ -84,7 +100,13 @@ def readiness(preset: Preset, weights: Path | None) -> Readiness:
         missing,
         preset.weights.embedded,
         not preset.weights.embedded and all(hub_file(preset, part) for part in missing),
+        tuple(part for part in unfit if part != "lora"),
     )
+
+
+def _fit(preset: Preset, part: str) -> str:
+    """How `Held.fits` begins for a part of a preset."""
+    return f"{preset.name} ({part.replace('_', ' ')}"
 
 
 def as_data(held: list[Held], ready: list[Readiness]) -> dict[str, Any]:
@@ -155,7 +177,7 @@ def _fitting(path: Path, checkpoint: Checkpoint) -> Iterator[str]:
         for part in ("transformer", "vae", "text_encoder"):
             if fits(preset, part, checkpoint):
                 named = part != "transformer" or any(str(path).endswith(n) for n in file_names(preset, part))
-                yield f"{preset.name} ({part.replace('_', ' ')}{'' if named else ', by its sizes'})"
+                yield f"{_fit(preset, part)}{'' if named else ', by its sizes'})"
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:
