@@ -2,14 +2,17 @@
 //
 //   out[t, y, x, o] = sum over dt, dy, dx, c of  frames[t + dt, y + dy - 1, x + dx - 1, c] * weights[o, dt, dy, dx, c]
 //
-// frames [T + 2, H, W, C], weights [O, 27 C], out [T, H, W, O]; sums in fp32. A block computes BM pixels (16 wide) of
-// one frame times BN outputs. One thread of the third warpgroup fetches: a step is a tap and some of its channels; the
-// copy engine reads a box of pixels shifted by the tap and fills zeros outside the picture, so nothing is padded or
-// unrolled in memory. The first two warpgroups multiply half of the pixels each. Blocks take tiles in turn, and the
-// fetching runs ahead into the next tile while the last one is stored. No atomics, no split sums: same bits every time.
+// frames [T + 2, H, W, C], weights [O, 27 C], out [T, H, W, O]; sums in fp32. A block computes BM pixels (8 high) of one
+// frame times BN outputs. One thread of the third warpgroup fetches, the first two warpgroups multiply half of the
+// pixels each. A step is a (dt, dy) and 32 channels: the copy engine reads a box of pixels shifted by dy, two columns
+// wider than the tile, and fills zeros outside the picture, so nothing is padded or unrolled in memory. In shared
+// memory a column of 8 pixels is one group of rows of the matrix, so the three dx of a step are the same box from
+// another group on: without that, fetching every tap anew asks more of the L2 cache than it has. Blocks take tiles in
+// turn, and the fetching runs ahead into the next tile while the last one is stored. No atomics, no split sums: the
+// same bits every time, whatever the tile.
 //
-// Given by the host: CHANNELS, OUTPUTS, BM, BN, KC (channels of a box: 64 with 128-byte rows, 32 with 64-byte rows),
-// BOXES (boxes of a step), STAGES, PACK (PTX that rounds two floats), and `wgmma`, written for BN outputs.
+// Given by the host: CHANNELS, OUTPUTS, BM, BN, STAGES, PACK (PTX that rounds two floats), and `wgmma`, written for BN
+// outputs.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -18,13 +21,14 @@ struct alignas(64) TensorMap {
     char opaque[128];
 };
 
-constexpr int TILE_W = 16, TILE_H = BM / TILE_W;
-constexpr int BLOCKS_M = BM / 128;  // 64-row products of a warpgroup
-constexpr int ROW = KC * 2;         // bytes
-constexpr int A_BOX = BM * ROW, B_BOX = BN * ROW;
-constexpr int A_STAGE = BOXES * A_BOX, B_STAGE = BOXES * B_BOX;
-constexpr int CHUNKS = CHANNELS / (KC * BOXES);  // steps of a tap
-constexpr int STEPS = 27 * CHUNKS;
+constexpr int KC = 32, ROW = KC * 2;  // channels of a step; bytes of a matrix row
+constexpr int TILE_H = 8, TILE_W = BM / TILE_H;
+constexpr int COLUMN = TILE_H * ROW;  // bytes of a column of pixels, one group of 8 rows
+constexpr int BLOCKS_M = BM / 128;    // 64-row products of a warpgroup
+constexpr int A_STAGE = (TILE_W + 2) * COLUMN;
+constexpr int B_TAP = BN * ROW, B_STAGE = 3 * B_TAP;
+constexpr int CHUNKS = CHANNELS / KC;
+constexpr int STEPS = 9 * CHUNKS;
 constexpr int N_TILES = OUTPUTS / BN;
 constexpr int CONSUMER_WARPS = 8;
 
@@ -52,10 +56,10 @@ __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
         "}" ::"r"(bar), "r"(parity) : "memory");
 }
 
-__device__ __forceinline__ void fetch_frames(u32 to, const TensorMap* map, u32 bar, int c, int x, int y, int t) {
+__device__ __forceinline__ void fetch_frames(u32 to, const TensorMap* map, u32 bar, int c, int y, int x, int t) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
-        ::"r"(to), "l"(map), "r"(bar), "r"(c), "r"(x), "r"(y), "r"(t) : "memory");
+        ::"r"(to), "l"(map), "r"(bar), "r"(c), "r"(y), "r"(x), "r"(t) : "memory");
 }
 
 __device__ __forceinline__ void fetch_weights(u32 to, const TensorMap* map, u32 bar, int k, int o) {
@@ -64,11 +68,10 @@ __device__ __forceinline__ void fetch_weights(u32 to, const TensorMap* map, u32 
         ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(o) : "memory");
 }
 
-// Matrix descriptor of rows of ROW bytes in the copy engine's swizzle (PTX ISA, "Matrix Descriptor Format").
+// Matrix descriptor of rows of 64 bytes in the copy engine's swizzle (PTX ISA, "Matrix Descriptor Format").
 __device__ __forceinline__ u64 descriptor(u32 address) {
-    constexpr u64 swizzle = ROW == 128 ? 1 : 2;  // 128 or 64 bytes
-    constexpr u64 eight_rows = 8 * ROW;
-    return ((address & 0x3FFFF) >> 4) | (1ull << 16) | ((eight_rows >> 4) << 32) | (swizzle << 62);
+    constexpr u64 swizzle_64_bytes = 2, eight_rows = 8 * ROW;
+    return ((address & 0x3FFFF) >> 4) | (1ull << 16) | ((eight_rows >> 4) << 32) | (swizzle_64_bytes << 62);
 }
 
 __device__ __forceinline__ u32 pack(float low, float high) {
@@ -115,19 +118,16 @@ extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
             for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
                 const Tile tile(index, across, down);
                 for (int step = 0; step < STEPS; ++step) {
-                    const int tap = step / CHUNKS, c = step % CHUNKS * (KC * BOXES);
-                    const int dt = tap / 9, dy = tap / 3 % 3, dx = tap % 3;
+                    const int row = step / CHUNKS, c = step % CHUNKS * KC;  // row of taps: 3 dt + dy
                     const u32 bar = full + 8 * stage;
                     barrier_wait(empty + 8 * stage, phase ^ 1);
                     barrier_expect(bar, A_STAGE + B_STAGE);
+                    fetch_frames(a_base + stage * A_STAGE, &frames, bar, c, tile.y + row % 3 - 1, tile.x - 1,
+                                 tile.t + row / 3);
 #pragma unroll
-                    for (int box = 0; box < BOXES; ++box) {
-                        const int channel = c + box * KC;
-                        fetch_frames(a_base + stage * A_STAGE + box * A_BOX, &frames, bar, channel,
-                                     tile.x + dx - 1, tile.y + dy - 1, tile.t + dt);
-                        fetch_weights(b_base + stage * B_STAGE + box * B_BOX, &weights, bar,
-                                      tap * CHANNELS + channel, tile.o);
-                    }
+                    for (int dx = 0; dx < 3; ++dx)
+                        fetch_weights(b_base + stage * B_STAGE + dx * B_TAP, &weights, bar,
+                                      (row * 3 + dx) * CHANNELS + c, tile.o);
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                 }
             }
@@ -147,16 +147,16 @@ extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
             for (int step = 0; step < STEPS; ++step) {
                 barrier_wait(full + 8 * stage, phase);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                const u64 a = descriptor(a_base + stage * A_STAGE + group * (BLOCKS_M * 64 * ROW));
+                const u64 b = descriptor(b_base + stage * B_STAGE);
 #pragma unroll
-                for (int box = 0; box < BOXES; ++box) {
-                    const u64 a = descriptor(a_base + stage * A_STAGE + box * A_BOX + group * (BLOCKS_M * 64 * ROW));
-                    const u64 b = descriptor(b_base + stage * B_STAGE + box * B_BOX);
+                for (int dx = 0; dx < 3; ++dx)
 #pragma unroll
-                    for (int k = 0; k < KC / 16; ++k)  // 16 channels are 32 bytes, 2 units of a descriptor
+                    for (int k = 0; k < KC / 16; ++k)  // 16 channels are 32 bytes; a descriptor counts in 16
 #pragma unroll
                         for (int m = 0; m < BLOCKS_M; ++m)
-                            wgmma(sums[m], a + 2 * k + m * (64 * ROW >> 4), b + 2 * k);
-                }
+                            wgmma(sums[m], a + (dx * COLUMN + m * 64 * ROW + k * 32) / 16,
+                                  b + (dx * B_TAP + k * 32) / 16);
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                 if (before >= 0 && lane == 0) barrier_arrive(empty + 8 * before);
@@ -172,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int row = (group * BLOCKS_M + m) * 64 + warp * 16 + half * 8 + lane / 4;
-                    const int y = tile.y + row / TILE_W, x = tile.x + row % TILE_W;
+                    const int y = tile.y + row % TILE_H, x = tile.x + row / TILE_H;
                     if (y < height && x < width) {
                         const long long pixel = ((long long)tile.t * height + y) * width + x;
                         u32* to = out + (pixel * OUTPUTS + tile.o + lane % 4 * 2) / 2;

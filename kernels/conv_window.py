@@ -21,13 +21,12 @@ from wanrt_kernels import nvrtc
 
 ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
 TYPES = {torch.float16: ("f16", 6), torch.bfloat16: ("bf16", 9)}  # PTX's name, CUtensorMapDataType
-TILE_WIDTH, THREADS = 16, 384
+CHUNK, TILE_HEIGHT, THREADS = 32, 8, 384  # channels of a step, rows of a tile, threads of a block
 SHARED_BYTES = 232448  # 227 KiB, all that a block of this architecture may have
 SLACK_BYTES = 1024 + 256  # for alignment, and for the barriers
-# (pixels, outputs) of a tile: what a product costs in it, relative. Small ones read more shared memory for each.
-TILES = {(256, 192): 1.0, (128, 192): 1.05, (256, 96): 1.05, (128, 96): 1.15}
-SWIZZLES = {64: 2, 128: 3}  # bytes of a row: CUtensorMapSwizzle
-L2_PROMOTION = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+# (pixels, outputs) of a tile: what a product costs in it, relative: small ones read more of the L2 cache for each.
+TILES = {(256, 192): 1.0, (128, 192): 1.2, (256, 96): 1.2, (128, 96): 1.4}
+SWIZZLE, L2_PROMOTION = 2, 3  # CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 
 
 def conv_window_ref(window: Tensor, weight: Tensor) -> Tensor:
@@ -43,10 +42,8 @@ class ConvConfig:
 
     Attributes:
         channels, outputs: C and O.
-        pixels: of a block's tile, 128 or 256; 16 wide.
+        pixels: of a block's tile, 128 or 256; 8 high.
         columns: outputs of a tile.
-        chunk: channels of a box in shared memory: 64 (rows of 128 bytes) or 32 (64).
-        boxes: boxes of a step.
         kind: "f16" or "bf16".
     """
 
@@ -54,27 +51,29 @@ class ConvConfig:
     outputs: int
     pixels: int
     columns: int
-    chunk: int
-    boxes: int
     kind: str
+
+    @property
+    def tile_width(self) -> int:
+        """Pixels across a tile."""
+        return self.pixels // TILE_HEIGHT
 
     @property
     def stages(self) -> int:
         """Steps that shared memory holds."""
-        step = self.boxes * self.chunk * 2 * (self.pixels + self.columns)
+        step = 2 * CHUNK * ((self.tile_width + 2) * TILE_HEIGHT + 3 * self.columns)
         return (SHARED_BYTES - SLACK_BYTES) // step
 
     def tiles(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(tiles of the whole clip, tiles across, tiles down)."""
-        across = -(-width // TILE_WIDTH)
-        down = -(-height // (self.pixels // TILE_WIDTH))
+        across, down = -(-width // self.tile_width), -(-height // TILE_HEIGHT)
         return across * down * frames * (self.outputs // self.columns), across, down
 
     def source(self) -> str:
         """The kernel's CUDA C++ with this form's numbers in front."""
         numbers = {
             "CHANNELS": self.channels, "OUTPUTS": self.outputs, "BM": self.pixels, "BN": self.columns,
-            "KC": self.chunk, "BOXES": self.boxes, "STAGES": self.stages, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
+            "STAGES": self.stages, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
         }  # fmt: skip
         defines = "".join(f"#define {name} {value}\n" for name, value in numbers.items())
         kernel = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
@@ -96,12 +95,10 @@ def wgmma_source(columns: int, kind: str) -> str:
 
 def forms(channels: int, outputs: int, kind: str) -> tuple[ConvConfig, ...]:
     """The kernel's forms for these sizes, large tiles first; none where it has none."""
-    chunk = next((c for c, multiple in ((64, 64), (32, 96)) if channels % multiple == 0), 0)
-    boxes = 1 if chunk == 64 else 3
     return tuple(
-        ConvConfig(channels, outputs, pixels, columns, chunk, boxes, kind)
+        ConvConfig(channels, outputs, pixels, columns, kind)
         for pixels, columns in TILES
-        if chunk and outputs % columns == 0
+        if channels % CHUNK == 0 and outputs % columns == 0
     )
 
 
@@ -163,12 +160,13 @@ def launch(window: Tensor, weight: Tensor, form: ConvConfig) -> Tensor:
     clip = (frames - 2, height, width)
     out = window.new_empty(*clip, form.outputs)
     tiles, across, down = form.tiles(*clip)
-    swizzle, code = SWIZZLES[2 * form.chunk], TYPES[window.dtype][1]
+    code = TYPES[window.dtype][1]
     processors = torch.cuda.get_device_properties(window.device).multi_processor_count
     with torch.cuda.device(window.device):
         arguments = (
-            tensor_map(window, (form.chunk, TILE_WIDTH, form.pixels // TILE_WIDTH, 1), swizzle, code),
-            tensor_map(weight, (form.chunk, form.columns), swizzle, code),
+            # column after column: a column of pixels is a group of matrix rows
+            tensor_map(window.transpose(1, 2), (CHUNK, TILE_HEIGHT, form.tile_width + 2, 1), code),
+            tensor_map(weight, (CHUNK, form.columns), code),
             ctypes.c_void_p(out.data_ptr()),
             *(ctypes.c_int(value) for value in (tiles, across, down, height, width)),
         )
@@ -201,10 +199,10 @@ def _function(form: ConvConfig, device: int) -> nvrtc.Function:
     return nvrtc.Function(nvrtc.compile_cubin(form.source(), ARCHITECTURE), "conv_window", SHARED_BYTES)
 
 
-def tensor_map(x: Tensor, box: tuple[int, ...], swizzle: int, code: int) -> ctypes.Array:
-    """The copy engine's description (CUtensorMap, 128 bytes) of a contiguous tensor, read in boxes.
+def tensor_map(x: Tensor, box: tuple[int, ...], code: int) -> ctypes.Array:
+    """The copy engine's description (CUtensorMap, 128 bytes) of a tensor whose last axis is contiguous, read in boxes.
 
-    box: its sizes, innermost axis first. Outside the tensor it reads zeros.
+    box: its sizes, innermost axis first. Outside the tensor it reads zeros. code: CUtensorMapDataType.
     """
     rank = x.dim()
     sizes = (ctypes.c_uint64 * rank)(*reversed(x.shape))
@@ -215,5 +213,5 @@ def tensor_map(x: Tensor, box: tuple[int, ...], swizzle: int, code: int) -> ctyp
     layout = (sizes, strides, boxes, steps)
     address = ctypes.c_void_p(x.data_ptr())
     encode = nvrtc.driver().cuTensorMapEncodeTiled
-    nvrtc.check(encode(ctypes.byref(described), code, rank, address, *layout, 0, swizzle, L2_PROMOTION, 0))
+    nvrtc.check(encode(ctypes.byref(described), code, rank, address, *layout, 0, SWIZZLE, L2_PROMOTION, 0))
     return described

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 
 from wanrt_kernels import nvrtc
 from wanrt_kernels.conv_window import (
+    CHUNK,
     SHARED_BYTES,
     SLACK_BYTES,
+    TILE_HEIGHT,
     TYPES,
     ConvConfig,
     choose,
@@ -45,13 +47,11 @@ def test_forms_fill_shared_memory_and_cover_the_channels(channels, outputs):
     found = forms(channels, outputs, "f16")
     assert len(found) == (2 if outputs % 192 else 4)
     for form in found:
-        step = form.boxes * form.chunk * 2 * (form.pixels + form.columns)
+        frames, weights = (form.tile_width + 2) * TILE_HEIGHT * CHUNK * 2, 3 * form.columns * CHUNK * 2
         assert form.stages >= 3
-        assert form.stages * step + SLACK_BYTES <= SHARED_BYTES
-        assert channels % (form.chunk * form.boxes) == 0
-        assert outputs % form.columns == 0
-        # what the copy engine's swizzle and the tensor cores' descriptors want
-        assert form.columns * form.chunk * 2 % 1024 == 0
+        assert form.stages * (frames + weights) + SLACK_BYTES <= SHARED_BYTES
+        # the copy engine's swizzle repeats every 512 bytes: every box and every column begin with it
+        assert frames % 512 == form.columns * CHUNK * 2 % 512 == TILE_HEIGHT * CHUNK * 2 % 512 == 0
 
 
 def test_other_sizes_have_no_form():
@@ -68,16 +68,17 @@ def tile(form):
 
 def test_the_tile_is_chosen_by_its_last_wave():
     options = forms(384, 384, "f16")
-    # 80 x 144, 2 frames: 180 large tiles need two waves of 132, 360 of half the size three
-    assert tile(choose(options, (2, 80, 144), 132)) == (128, 192)
+    # 4 frames of 320 x 576: many waves whatever the tile
     assert tile(choose(options, (4, 320, 576), 132)) == (256, 192)
-    # 40 x 72, 1 frame: one wave whatever the tile
+    # 2 frames of 80 x 144: 200 large tiles need two waves of 132, 360 of half the size three
+    assert tile(choose(options, (2, 80, 144), 132)) == (128, 192)
+    # 1 frame of 40 x 72: one wave whatever the tile
     assert tile(choose(options, (1, 40, 72), 132)) == (128, 96)
 
 
 def test_tiles_cover_pictures_that_they_do_not_divide():
     form = forms(384, 384, "f16")[0]
-    assert form.tiles(2, 120, 208) == (13 * 8 * 2 * 2, 13, 8)
+    assert form.tiles(2, 60, 104) == (4 * 8 * 2 * 2, 4, 8)
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
@@ -101,7 +102,7 @@ def test_a_source_that_does_not_compile_says_why(monkeypatch):
 
 
 def test_the_source_has_its_numbers_in_front():
-    form = ConvConfig(96, 96, 128, 96, 32, 3, "bf16")
+    form = ConvConfig(96, 96, 128, 96, "bf16")
     source = form.source()
     assert '#define PACK "cvt.rn.bf16x2.f32"' in source
     assert "m64n96k16.f32.bf16.bf16" in source
@@ -159,7 +160,7 @@ def test_the_copy_engine_gets_sizes_innermost_first(monkeypatch):
 
     monkeypatch.setattr(nvrtc, "driver", Driver)
     window = torch.zeros(4, 5, 6, 96, dtype=torch.float16)
-    described = module.tensor_map(window, (32, 16, 16, 1), 2, 6)
+    described = module.tensor_map(window.transpose(1, 2), (32, 8, 34, 1), 6)
     assert ctypes.addressof(described) % 64 == 0
-    strides = [96 * 2, 6 * 96 * 2, 5 * 6 * 96 * 2]
-    assert seen == [(6, 4, [96, 6, 5, 4], strides, [32, 16, 16, 1], [1, 1, 1, 1], (0, 2, 3, 0))]
+    strides = [6 * 96 * 2, 96 * 2, 5 * 6 * 96 * 2]
+    assert seen == [(6, 4, [96, 5, 6, 4], strides, [32, 8, 34, 1], [1, 1, 1, 1], (0, 2, 3, 0))]
