@@ -45,6 +45,7 @@ class ConvConfig:
         pixels: of a block's tile, 128 or 256; 8 high.
         columns: outputs of a tile.
         kind: "f16" or "bf16".
+        cluster: blocks that fetch their weights together, 1 or 2.
     """
 
     channels: int
@@ -52,6 +53,7 @@ class ConvConfig:
     pixels: int
     columns: int
     kind: str
+    cluster: int = 1
 
     @property
     def tile_width(self) -> int:
@@ -64,16 +66,17 @@ class ConvConfig:
         step = 2 * CHUNK * ((self.tile_width + 2) * TILE_HEIGHT + 3 * self.columns)
         return (SHARED_BYTES - SLACK_BYTES) // step
 
-    def tiles(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(tiles of the whole clip, tiles across, tiles down)."""
+    def turns(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(turns that clusters of blocks take, tiles across, tiles down)."""
         across, down = -(-width // self.tile_width), -(-height // TILE_HEIGHT)
-        return across * down * frames * (self.outputs // self.columns), across, down
+        together = -(-across * down * frames // self.cluster)
+        return together * (self.outputs // self.columns), across, down
 
     def source(self) -> str:
         """The kernel's CUDA C++ with this form's numbers in front."""
         numbers = {
             "CHANNELS": self.channels, "OUTPUTS": self.outputs, "BM": self.pixels, "BN": self.columns,
-            "STAGES": self.stages, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
+            "STAGES": self.stages, "CLUSTER": self.cluster, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
         }  # fmt: skip
         defines = "".join(f"#define {name} {value}\n" for name, value in numbers.items())
         kernel = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
@@ -109,7 +112,7 @@ def choose(options: tuple[ConvConfig, ...], clip: tuple[int, int, int], processo
     """
 
     def cost(form: ConvConfig) -> float:
-        waves = -(-form.tiles(*clip)[0] // processors)
+        waves = -(-form.turns(*clip)[0] // (processors // form.cluster))
         return waves * form.pixels * form.columns * TILES[form.pixels, form.columns]
 
     return min(options, key=cost)
@@ -159,18 +162,19 @@ def launch(window: Tensor, weight: Tensor, form: ConvConfig) -> Tensor:
     frames, height, width, _ = window.shape
     clip = (frames - 2, height, width)
     out = window.new_empty(*clip, form.outputs)
-    tiles, across, down = form.tiles(*clip)
+    turns, across, down = form.turns(*clip)
     code = TYPES[window.dtype][1]
     processors = torch.cuda.get_device_properties(window.device).multi_processor_count
     with torch.cuda.device(window.device):
         arguments = (
             # column after column: a column of pixels is a group of matrix rows
             tensor_map(window.transpose(1, 2), (CHUNK, TILE_HEIGHT, form.tile_width + 2, 1), code),
-            tensor_map(weight, (CHUNK, form.columns), code),
+            tensor_map(weight, (CHUNK, form.columns // form.cluster), code),
             ctypes.c_void_p(out.data_ptr()),
-            *(ctypes.c_int(value) for value in (tiles, across, down, height, width)),
+            *(ctypes.c_int(value) for value in (turns, across, down, *clip)),
         )
-        _function(form, window.device.index)(min(tiles, processors), THREADS, arguments)
+        blocks = min(turns, processors // form.cluster) * form.cluster
+        _function(form, window.device.index)(blocks, THREADS, arguments)
     return out
 
 

@@ -1,6 +1,7 @@
 """The Hopper convolution: its forms and source here, its numbers on a GPU."""
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,11 @@ SHAPES = [(96, 96), (192, 192), (192, 384), (384, 384), (384, 192)]  # of the Wa
 def draw(*shape, device="cpu", dtype=torch.float32, scale=1.0):
     generator = torch.Generator().manual_seed(sum(shape))
     return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+
+def both(options):
+    """Every form alone and in pairs."""
+    return [replace(form, cluster=cluster) for form in options for cluster in (1, 2)]
 
 
 def packed(weight):
@@ -78,7 +84,9 @@ def test_the_tile_is_chosen_by_its_last_wave():
 
 def test_tiles_cover_pictures_that_they_do_not_divide():
     form = forms(384, 384, "f16")[0]
-    assert form.tiles(2, 60, 104) == (4 * 8 * 2 * 2, 4, 8)
+    assert form.turns(2, 60, 104) == (4 * 8 * 2 * 2, 4, 8)
+    # 45 tiles of one frame: the last of 23 pairs has a partner behind the clip
+    assert replace(form, cluster=2).turns(1, 40, 288) == (23 * 2, 9, 5)
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
@@ -88,7 +96,7 @@ def test_every_form_compiles(channels, outputs, kind):
         nvrtc.nvrtc()
     except nvrtc.NvrtcError as error:
         pytest.skip(str(error))
-    for form in forms(channels, outputs, kind):
+    for form in both(forms(channels, outputs, kind)):
         assert nvrtc.compile_cubin(form.source(), "sm_90a")[:4] == b"\x7fELF"
 
 
@@ -115,7 +123,7 @@ def error(got, want):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("clip", [(1, 5, 7), (2, 40, 72), (3, 33, 50)])
+@pytest.mark.parametrize("clip", [(1, 5, 7), (2, 40, 72), (3, 33, 50), (1, 40, 288)])
 @pytest.mark.parametrize(("channels", "outputs"), SHAPES)
 def test_as_exact_as_cudnn(channels, outputs, clip, dtype):
     reason = why_not(torch.device("cuda", 0), channels, outputs, dtype)
@@ -126,7 +134,7 @@ def test_as_exact_as_cudnn(channels, outputs, clip, dtype):
     weight = draw(outputs, 27 * channels, device="cuda", dtype=dtype, scale=(27 * channels) ** -0.5)
     exact = conv_window_ref(window.double(), weight.double())
     limit = 1.05 * error(conv_window_ref(window, weight), exact)
-    results = [launch(window, weight, form) for form in forms(channels, outputs, TYPES[dtype][0])]
+    results = [launch(window, weight, form) for form in both(forms(channels, outputs, TYPES[dtype][0]))]
     for got in (*results, conv_window(window, weight)):
         assert got.shape == (*clip, outputs)
         assert error(got, exact) <= limit

@@ -16,7 +16,7 @@ from wanrt.models.kv_cache import CachePolicy, KVCache, Pass, PassPlan
 from wanrt.models.memory import LOCAL, Elementwise
 from wanrt.models.transformer import TextKV, TimeEmbedding, WanTransformer
 from wanrt.pipeline.context import CHUNK_LATENTS
-from wanrt.pipeline.models import compile_blocks, hashed_embedding
+from wanrt.pipeline.models import compile_blocks, hashed_embedding, join_products
 from wanrt.script.preset import Preset
 from wanrt.weights.loading import build_on_meta
 from wanrt.weights.random import random_weights
@@ -177,6 +177,8 @@ def open_subject(
     config = replace(config, num_layers=layers or config.num_layers)
     width, height = size or preset.video.sizes[0]
     model = random_weights(build_on_meta(lambda: WanTransformer(config)), seed, device, dtype)
+    if device.type == "cuda":
+        join_products(model)  # as the pipeline does
     cache = KVCache.allocate(
         config,
         policy=CachePolicy(preset.cache.policy),
