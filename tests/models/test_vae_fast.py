@@ -129,6 +129,19 @@ def test_full_size_on_the_gpu_is_no_worse_than_the_plain_module(dtype):
         )
 
 
+def test_only_a_large_vae_without_the_own_kernel_races():
+    from wanrt.models.vae_graph import races
+
+    fast = FastVae(random_vae(CONFIGS[0]), dtype=torch.float16)
+    assert "not a CUDA device" in fast.why_cudnn
+    assert not races(fast), "wan-tiny's size"
+    large = FastVae(
+        WanVae(VaeConfig(base_dim=96, dim_mult=(1,), num_res_blocks=1, temporal_downsample=())),
+        dtype=torch.float16,
+    )
+    assert races(large)
+
+
 def test_fold_nearest_is_exact_in_fp64():
     weight = torch.randn(5, 3, 3, 3, dtype=torch.float64)
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64)

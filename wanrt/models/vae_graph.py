@@ -16,10 +16,11 @@ from wanrt.models.vae import VaeState
 from wanrt.models.vae_fast import FastVae
 
 WARM_UP_CALLS = 3  # cuDNN picks its algorithms in the first, its workspaces settle in the second
+RACE_FROM = 64  # base_dim; below it (wan-tiny 16, LightVAE 24) a decode is too small for algorithms to matter
 
 
 def convolutions(vae: FastVae) -> AbstractContextManager[None]:
-    """How cuDNN chooses its algorithms for what is left to it: by rule where that is little, else by a race.
+    """How cuDNN chooses its algorithms: by rule where little is left to it or the VAE is small, else by a race.
 
     By rule the same command gives the same bits twice. But for the 3-D convolutions of a decode the rule takes
     algorithms of half the speed (H100, cuDNN 9.19, fp16, 96 channels at 576x320: 1.47 against 0.69 ms). A race takes
@@ -29,11 +30,16 @@ def convolutions(vae: FastVae) -> AbstractContextManager[None]:
     # `flags` switches cuDNN off unless told otherwise; limit 0 tries every algorithm, not the likeliest ten
     return cudnn.flags(
         enabled=True,
-        benchmark=vae.why_cudnn is not None,
+        benchmark=races(vae),
         benchmark_limit=0,
         deterministic=False,
         allow_tf32=cudnn.allow_tf32,
     )
+
+
+def races(vae: FastVae) -> bool:
+    """Whether `convolutions` lets cuDNN race."""
+    return vae.why_cudnn is not None and vae.config.base_dim >= RACE_FROM
 
 
 class GraphedCall:

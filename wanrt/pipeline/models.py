@@ -233,13 +233,14 @@ def split_vae(
 def _repacked(vae: WanVae, precision: Precision) -> WanVae | FastVae:
     """On CUDA the VAE rearranged for it, elsewhere the VAE as it is."""
     from wanrt.models.vae_fast import FastVae
+    from wanrt.models.vae_graph import races
 
     if next(vae.parameters()).device.type != "cuda":
         return vae
     fast = FastVae(vae, dtype=precision.vae, encode_dtype=precision.vae)
-    reason = fast.why_cudnn
-    by = "wanrt's Hopper kernel" if reason is None else f"cuDNN, its algorithms by a race ({reason})"
-    log.info("VAE: convolutions in time by %s", by)
+    chosen = "by a race: two runs may differ in last bits" if races(fast) else "by rule"
+    by = "wanrt's Hopper kernel" if fast.why_cudnn is None else f"cuDNN ({fast.why_cudnn})"
+    log.info("VAE: convolutions in time by %s, cuDNN's algorithms %s", by, chosen)
     return fast
 
 
