@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from wanrt.errors import UsageError
-from wanrt.pipeline.codec import Codec, LocalCodec
+from wanrt.pipeline.codec import Codec, LocalCodec, StreamingVae
 from wanrt.pipeline.context import CHUNK_LATENTS, AnchorPolicy
 from wanrt.pipeline.lanes import Lanes, lanes_for
 from wanrt.pipeline.loop import LoopSettings, Pipeline, to_rgb8
@@ -191,22 +191,24 @@ def join_stage0(
     """Stage 0 on `device`, its mesh wherever `handle` says; `codec`: its VAE where that is split over ranks."""
     loop = loop_settings(job)
     if codec is None:
-        codec = _local_codec(job, models, device, tuning, lanes)
+        codec = local_codec(job, models.vae, device, wiring, tuning, lanes)
     window = loop.window if loop.anchors else None
     pixels = PixelStage(codec, window, wiring.recorder, wiring.check, loop.chunks, lanes)
     prompts = PromptBook(job.timeline, models.encode, wiring.recorder)
     return Pipeline(job.timeline, prompts, pixels, handle, loop, wiring.recorder, wiring.convert, lanes)
 
 
-def _local_codec(
-    job: RenderJob, models: Stage0Models, device: torch.device, tuning: Tuning, lanes: Lanes
+def local_codec(
+    job: RenderJob, vae: StreamingVae, device: torch.device, wiring: Wiring, tuning: Tuning, lanes: Lanes
 ) -> LocalCodec:
+    """The VAE of one stream on this device alone; on CUDA its calls are captured here."""
     from wanrt.pipeline.devices import choose_precision
     from wanrt.pipeline.models import streaming_vae
 
+    precision = choose_precision(job.precision, device)
     with lanes.main():
-        vae = streaming_vae(models.vae, job, choose_precision(job.precision, device), graphs=tuning.graphs)
-    return LocalCodec(vae, lanes)
+        own = streaming_vae(vae, job, precision, graphs=tuning.graphs, progress=wiring.progress)
+    return LocalCodec(own, lanes)
 
 
 def make_mesh(

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wanrt.pipeline")
 
+COMMUNICATOR = "communicator"  # what joining the process groups is called while loading
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -196,10 +198,10 @@ def _join(
     plan: Assignment, device: torch.device, team: Team, wiring: Wiring, cleanup: Callable[[], None]
 ) -> Pipeline:
     from wanrt.pipeline.devices import choose_precision, set_threads
-    from wanrt.pipeline.models import load_stage0
+    from wanrt.pipeline.models import load_stage0, timed
 
     set_threads(device, plan.topology.devices)
-    with answering(team, "the ranks did not meet"):
+    with answering(team, "the ranks did not meet"), timed(wiring.progress, COMMUNICATOR):
         groups = _enter(plan, device)
     lanes = _lanes(plan, device)
     precision = choose_precision(plan.job.precision, device)
@@ -208,8 +210,9 @@ def _join(
     with answering(team, "warm-up broke off"):
         # in every rank's order, the mesh first: capturing graphs is a joint effort
         local = None if groups.mesh is None else _mesh_part(plan, groups.mesh, device, wiring, lanes)
-        part = None if groups.vae is None else _vae_part(plan, groups.vae, models.vae, device, lanes)
-        team.wait_ready(wiring.check)
+        part = None if groups.vae is None else _vae_part(plan, groups.vae, models.vae, device, wiring, lanes)
+        with timed(wiring.progress, "other ranks"):
+            team.wait_ready(wiring.check)
     codec = None if part is None else TeamCodec(team, part, _names(plan, lambda rank: rank.vae is not None))
     handle = RankedMesh(
         team,
@@ -229,16 +232,19 @@ def work(pipe: Connection, plan: Assignment) -> None:
     wait_passively()
     import torch
 
+    from wanrt.pipeline.models import timed
+
     device = torch.device(plan.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     log.info("%s, %d threads", device, set_threads(device, plan.topology.devices))
-    groups = _enter(plan, device)
-    recorder = make_recorder(plan.job, device, plan.started_ns, plan.name)
 
     def progress(part: str, seconds: float | None) -> None:
         pipe.send(Loading(part, seconds))
 
+    with timed(progress, COMMUNICATOR):
+        groups = _enter(plan, device)
+    recorder = make_recorder(plan.job, device, plan.started_ns, plan.name)
     lanes = _lanes(plan, device)
     roles = _take_roles(plan, groups, device, Wiring(recorder, progress=progress), lanes)
     pipe.send(Ready())
@@ -317,7 +323,7 @@ def _take_roles(
     if groups.vae is not None:
         precision = choose_precision(plan.job.precision, device)
         vae = load_streaming_vae(plan.job, plan.files, device, precision, wiring.progress)
-        part = _vae_part(plan, groups.vae, vae, device, lanes)
+        part = _vae_part(plan, groups.vae, vae, device, wiring, lanes)
     # the mesh's first rank sends latents up, if it is not stage 0 itself
     return Roles(mesh, part, answers=plan.topology.pp1 and plan.rank == plan.topology.stage0_devices)
 
@@ -340,14 +346,19 @@ def _mesh_part(
 
 
 def _vae_part(
-    plan: Assignment, group: ProcessGroup, vae: StreamingVae, device: torch.device, lanes: Lanes
+    plan: Assignment,
+    group: ProcessGroup,
+    vae: StreamingVae,
+    device: torch.device,
+    wiring: Wiring,
+    lanes: Lanes,
 ) -> VaePart:
     from wanrt.pipeline.devices import choose_precision
     from wanrt.pipeline.models import split_vae
 
     precision = choose_precision(plan.job.precision, device)
     with lanes.main():
-        band = split_vae(vae, plan.job, precision, group, graphs=plan.tuning.graphs)
+        band = split_vae(vae, plan.job, precision, group, graphs=plan.tuning.graphs, progress=wiring.progress)
     b, c, _, h, w = mesh_settings(plan.job).shape
     return VaePart(band, group, (b, c, 1, h, w), device, lanes)
 
