@@ -96,7 +96,7 @@ def command(
         entries = entries_of(anchor, matrix, size, precision)
         apart = budget is not None or resume or not all(entry.p2p for entry in entries)
         if apart and crew is None:
-            campaign = Campaign(flags, chunks, warm_up, tuning, json, budget, resume)
+            campaign = Campaign(flags, chunks, warm_up, tuning, json, budget, resume, say)
             print(run_campaign(campaign, entries))
         else:
             print(run_bench(flags, entries, chunks, warm_up, tuning, json, crew, say, context.obj))
