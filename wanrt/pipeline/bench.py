@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from wanrt.errors import RunError, UsageError, WanrtError
 from wanrt.output import PixelFormat, QueuedSink, Sink, VideoSpec
+from wanrt.parallel.team import LIBRARY
 from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, find_files, make_recorder, settle_topology
 from wanrt.pipeline.context import CHUNK_LATENTS, pixel_frames
 from wanrt.pipeline.encoding import RecordedSink
 from wanrt.pipeline.matrix import NO_P2P, Entry
-from wanrt.pipeline.run import LIBRARY, converter, one_line_errors, settings
+from wanrt.pipeline.run import converter, one_line_errors, settings
 from wanrt.pipeline.startup import Say, Startup, silent
 from wanrt.telemetry import Recorder, Span
 from wanrt.telemetry.simulator import StageCosts
@@ -145,19 +146,23 @@ def bench(
     """
     from wanrt.pipeline.devices import choose_device, set_threads, wait_passively
     from wanrt.pipeline.models import timed
+    from wanrt.pipeline.ranks import reserve_for
 
     startup = startup or Startup()
     if chunks < 2 or warm_up < 1:
         raise UsageError(f"bench of {chunks} chunks after {warm_up}: expected at least 2 after at least 1")
     wait_passively()
-    with timed(startup.heard, LIBRARY):
-        device = choose_device(job.device)
-    with timed(startup.heard, "devices"):
-        job = settle_topology(job, device, None if crew is None else crew.world)
-    set_threads(device)
-    wanted = pixel_frames(CHUNK_LATENTS * (warm_up + chunks))
-    with one_line_errors():
-        return _measure(replace(job, frames=wanted), warm_up, device, tuning or Tuning(), crew, startup)
+    with reserve_for(job, crew) as reserve:
+        with timed(startup.heard, LIBRARY):
+            device = choose_device(job.device)
+        with timed(startup.heard, "devices"):
+            job = settle_topology(job, device, None if crew is None else crew.world)
+        set_threads(device)
+        job = replace(job, frames=pixel_frames(CHUNK_LATENTS * (warm_up + chunks)))
+        recorder = make_recorder(job, device, None)
+        wiring = Wiring(recorder, progress=startup.heard, crew=crew, reserve=reserve)
+        with one_line_errors():
+            return _measure(job, warm_up, device, tuning or Tuning(), wiring, startup)
 
 
 def _measure(
@@ -165,14 +170,13 @@ def _measure(
     warm_up: int,
     device: torch.device,
     tuning: Tuning,
-    crew: Crew | None,
+    wiring: Wiring,
     startup: Startup,
 ) -> BenchReport:
-    recorder = make_recorder(job, device, None)
+    recorder = wiring.recorder
     spec = VideoSpec(job.width, job.height, job.fps)
-    convert = converter(spec, PixelFormat.NV12, device)
+    wiring = replace(wiring, convert=converter(spec, PixelFormat.NV12, device))
     began = time.perf_counter()
-    wiring = Wiring(recorder, progress=startup.heard, convert=convert, crew=crew)
     pipeline = build_pipeline(job, find_files(job), device, wiring, tuning)
     loaded = time.perf_counter()
     sink = QueuedSink(RecordedSink(DiscardingSink(spec), recorder))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from wanrt.models.kv_cache import KVCache
     from wanrt.models.transformer import WanTransformer
     from wanrt.parallel.crew import Crew
+    from wanrt.parallel.reserve import Reserve
     from wanrt.parallel.topology import Topology
     from wanrt.parallel.workload import Workload
     from wanrt.pipeline.envelope import MeshHandle
@@ -40,7 +41,7 @@ class Wiring:
 
     `check` raises to end the run; `progress` hears of loading; `convert` turns pixels `[1, 3, T, H, W]` in -1..1
     into what the frames' consumer wants, in the lane of display work. `crew`: ranks that torchrun started; None: this
-    process starts its own.
+    process starts its own, as far as they are not in `reserve` already.
     """
 
     recorder: Recorder
@@ -48,6 +49,7 @@ class Wiring:
     progress: Progress = lambda part, seconds: None
     convert: Callable[[torch.Tensor], Any] = to_rgb8
     crew: Crew | None = None
+    reserve: Reserve | None = None
 
 
 @dataclass(frozen=True)
