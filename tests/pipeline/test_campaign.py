@@ -24,6 +24,8 @@ SCRIPT = """
 import json, os, pathlib, sys, time
 template, log, hang, part, _, entries = sys.argv[1:7]
 runs = []
+if hang == "slow":
+    time.sleep(1)  # as an import of torch would
 for entry in entries.split(","):
     with open(log, "a") as file:
         file.write(f"{entry} {os.environ.get('NCCL_P2P_DISABLE', '0')}\\n")
@@ -166,6 +168,35 @@ def test_what_a_process_was_doing_when_time_was_up_is_named_and_kept(run, tmp_pa
     assert kept.count("a line of no progress") == 3
     debug = next(r.getMessage() for r in caplog.records if r.levelname == "DEBUG" and "its last" in r.message)
     assert debug.endswith(f"[0:01] tp=2:64x64 | a line of no progress | {loading}")
+
+
+def test_the_first_process_is_started_before_torch_is_imported_here(run, monkeypatch):
+    """What this machine cannot run is found out while it starts, and listed all the same."""
+    began, possible = [], campaign._Campaign._possible
+
+    def noted(self, entry):
+        began.append(
+            (entry.text, [p for p in psutil.Process().children() if "fake.py" in " ".join(p.cmdline())])
+        )
+        return possible(self, entry)
+
+    monkeypatch.setattr(campaign._Campaign, "_possible", noted)
+    monkeypatch.setattr(campaign, "has_torch", lambda: bool(began))  # `_possible` imports it
+    monkeypatch.setattr("wanrt.pipeline.build.settle_topology", settled)
+    _, found, started = run("single:fp8,single,tp=3,tp=2:fp8,tp=2", hang="slow")
+    reasons = {r["entry"]: r.get("reason", "") for r in found["runs"]}
+    assert "8 % 3" in reasons["tp=3"]
+    assert reasons["single:fp8"] == reasons["tp=2:fp8"] == "no fp8 here"
+    assert reasons["single"] == reasons["tp=2"] == ""
+    assert [(text, bool(processes)) for text, processes in began] == [
+        ("single:fp8", True), ("single", True), ("tp=2:fp8", False), ("tp=2", False),
+    ]  # fmt: skip
+    assert [line.split()[0] for line in started] == ["single:fp8", "single", "tp=2"]
+
+
+def settled(job, device):
+    if job.precision == "fp8":
+        raise UsageError("no fp8 here")
 
 
 def test_the_log_is_begun_anew_and_gone_on_with(run, tmp_path):

@@ -71,9 +71,13 @@ class _Campaign:
         self._begin_log()
         missing = [entry for entry in self._entries if entry.text not in self._runs]
         for _, group in groupby(missing, key=lambda entry: (entry.topology, entry.p2p)):
-            runnable = [entry for entry in group if self._possible(entry)]
-            if runnable:
-                self._run_group(runnable)
+            # torch takes seconds to import: the first process, which must do so too, is started before
+            checked = has_torch()
+            entries = [entry for entry in group if self._conceivable(entry)]
+            if checked:
+                entries = [entry for entry in entries if self._possible(entry)]
+            if entries:
+                self._run_group(entries, checked)
         self._write()
         reports = [_report(self._runs[entry.text]) for entry in self._entries]
         return "\n".join([table(reports), *self._comparisons()])
@@ -91,8 +95,26 @@ class _Campaign:
             return None
         return path.with_name(f"{path.name}.log")
 
+    def _conceivable(self, entry: Entry) -> bool:
+        """Whether the model can take an entry, as far as that is known without torch, and there is time; else it is
+        listed with the reason.
+        """
+        from wanrt.pipeline.build import topology_of
+
+        try:
+            job = job_of(self._how.flags, entry)
+            if job.topology != "auto":
+                topology_of(job)
+        except WanrtError as error:
+            self._skip([entry], str(error))
+            return False
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self._skip([entry], f"the budget of {self._how.budget_s:.0f} s was used up before")
+            return False
+        return True
+
     def _possible(self, entry: Entry) -> bool:
-        """Whether an entry is worth a process; else it is listed with the reason."""
+        """Whether this machine can run an entry; else it is listed with the reason. Imports torch."""
         from wanrt.pipeline.build import settle_topology
         from wanrt.pipeline.devices import choose_device
 
@@ -105,13 +127,13 @@ class _Campaign:
         except WanrtError as error:
             self._skip([entry], str(error))
             return False
-        if self._deadline is not None and time.monotonic() > self._deadline:
-            self._skip([entry], f"the budget of {self._how.budget_s:.0f} s was used up before")
-            return False
         return True
 
-    def _run_group(self, entries: Sequence[Entry]) -> None:
-        """Entries of one topology in one process, watched until they are done or time is up."""
+    def _run_group(self, entries: Sequence[Entry], checked: bool) -> None:
+        """Entries of one topology in one process, watched until they are done or time is up.
+
+        checked: whether this machine can run them; else that is found out while the process starts.
+        """
         with tempfile.TemporaryDirectory(prefix="wanrt-bench-") as folder:
             part = Path(folder, "part.json")
             with self._open_log(folder, entries) as stderr:
@@ -124,6 +146,9 @@ class _Campaign:
                     start_new_session=True,
                 )
                 try:
+                    possible = entries if checked else [entry for entry in entries if self._possible(entry)]
+                    if not possible:
+                        return
                     in_time = self._watch(process, part, heard)
                     doing = heard.doing()
                 finally:
@@ -271,6 +296,11 @@ class _Campaign:
                 f"predicted: {run['name']}: {run['period']['p50_ms']:.1f} ms measured; " + ", ".join(parts)
             )
         return lines
+
+
+def has_torch() -> bool:
+    """Whether this process has imported torch."""
+    return "torch" in sys.modules
 
 
 def _earlier(campaign: Campaign, entries: Iterable[Entry]) -> dict[str, dict[str, Any]]:
