@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from wanrt.output.sink import Pixels
     from wanrt.parallel.crew import Crew
+    from wanrt.pipeline.shelf import Shelf
     from wanrt.script import RenderJob
 
 log = logging.getLogger("wanrt.pipeline")
@@ -137,10 +138,11 @@ def bench(
     tuning: Tuning | None = None,
     crew: Crew | None = None,
     startup: Startup | None = None,
+    shelf: Shelf | None = None,
 ) -> BenchReport:
     """Runs `warm_up` chunks, then measures `chunks` more. crew: ranks that torchrun started, all of them used.
 
-    startup: hears how far it is.
+    startup: hears how far it is. shelf: see `Wiring`.
 
     Raises `UsageError` for fewer than two chunks, and whatever building a pipeline raises.
     """
@@ -160,7 +162,7 @@ def bench(
         set_threads(device)
         job = replace(job, frames=pixel_frames(CHUNK_LATENTS * (warm_up + chunks)))
         recorder = make_recorder(job, device, None)
-        wiring = Wiring(recorder, progress=startup.heard, crew=crew, reserve=reserve)
+        wiring = Wiring(recorder, progress=startup.heard, crew=crew, reserve=reserve, shelf=shelf)
         with one_line_errors():
             return _measure(job, warm_up, device, tuning or Tuning(), wiring, startup)
 
@@ -176,6 +178,7 @@ def _measure(
     recorder = wiring.recorder
     spec = VideoSpec(job.width, job.height, job.fps)
     wiring = replace(wiring, convert=converter(spec, PixelFormat.NV12, device))
+    _forget_peak(device)
     began = time.perf_counter()
     pipeline = build_pipeline(job, find_files(job), device, wiring, tuning)
     loaded = time.perf_counter()
@@ -300,6 +303,17 @@ def _settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _forget_peak(device: torch.device) -> None:
+    """What an earlier run needed at most is not counted as this one's."""
+    import torch
+
+    from wanrt.pipeline.shelf import give_back
+
+    if device.type == "cuda":
+        give_back()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def _memory(device: torch.device) -> int | None:
     import torch
 
@@ -334,10 +348,12 @@ def run_bench(
     With several entries one that fails is a line with its reason; a single one raises. crew: as in `bench`; say,
     started_ns: as in `Startup`.
     """
+    from wanrt.pipeline.shelf import Shelf
     from wanrt.telemetry.files import write_json
 
     wanted = tuple(entries)
     found: list[BenchReport | Unmeasured] = []
+    shelf = Shelf()
     started_ns = time.perf_counter_ns() if started_ns is None else started_ns
     for number, entry in enumerate(wanted, start=1):
         startup = Startup(say, started_ns)
@@ -345,7 +361,7 @@ def run_bench(
             settled = replace(entry, topology=entry.topology or flags.get("topology"))  # type: ignore[arg-type]
             startup.tell(f"{settled.title} ({number} of {len(wanted)})")
         try:
-            measured = _run_entry(flags, entry, chunks, warm_up, tuning, crew, startup)
+            measured = _run_entry(flags, entry, chunks, warm_up, tuning, crew, startup, shelf)
             startup.tell(_in_short(measured))
             found.append(measured)
         except WanrtError as error:
@@ -367,13 +383,16 @@ def _run_entry(
     tuning: Tuning,
     crew: Crew | None,
     startup: Startup,
+    shelf: Shelf,
 ) -> BenchReport:
     if not entry.p2p and "NCCL_P2P_DISABLE" not in os.environ:
         raise UsageError("no-p2p: NCCL is told before a process starts; set NCCL_P2P_DISABLE=1 for this one")
     job = job_of(flags, entry)
     if entry.compile is not None:
         tuning = replace(tuning, compile=entry.compile)
-    measured = bench(job, chunks=chunks, warm_up=warm_up, tuning=tuning, crew=crew, startup=startup)
+    measured = bench(
+        job, chunks=chunks, warm_up=warm_up, tuning=tuning, crew=crew, startup=startup, shelf=shelf
+    )
     return replace(measured, name=entry.name or _name(measured.name, entry))
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from wanrt.parallel.workload import Workload
     from wanrt.pipeline.envelope import MeshHandle
     from wanrt.pipeline.models import Progress, Stage0Models
+    from wanrt.pipeline.shelf import Shelf
     from wanrt.script import RenderJob
     from wanrt.weights.registry import ModelFiles
 
@@ -41,7 +42,8 @@ class Wiring:
 
     `check` raises to end the run; `progress` hears of loading; `convert` turns pixels `[1, 3, T, H, W]` in -1..1
     into what the frames' consumer wants, in the lane of display work. `crew`: ranks that torchrun started; None: this
-    process starts its own, as far as they are not in `reserve` already.
+    process starts its own, as far as they are not in `reserve` already. `shelf`: models that an
+    earlier run of this process may have left; used with one device.
     """
 
     recorder: Recorder
@@ -50,6 +52,7 @@ class Wiring:
     convert: Callable[[torch.Tensor], Any] = to_rgb8
     crew: Crew | None = None
     reserve: Reserve | None = None
+    shelf: Shelf | None = None
 
 
 @dataclass(frozen=True)
@@ -152,14 +155,18 @@ def build_pipeline(
     if topology.distributed:
         from wanrt.pipeline.ranks import build_ranked
 
+        if wiring.shelf is not None:
+            wiring.shelf.clear()  # ranks load their own shares
         return build_ranked(job, files, device, topology, wiring, tuning)
     from wanrt.pipeline.devices import choose_precision
-    from wanrt.pipeline.models import load_stage0, load_transformer
+    from wanrt.pipeline.shelf import Shelf
 
-    precision = choose_precision(job.precision, device)
-    models = load_stage0(job, files, device, precision, wiring.progress)
+    precision, shelf = choose_precision(job.precision, device), wiring.shelf or Shelf()
+    models = shelf.stage0(job, files, device, precision, wiring.progress)
     wiring.check()
-    transformer = load_transformer(job, files, device, precision, wiring.progress)
+    transformer = shelf.transformer(
+        job, files, device, precision, wiring.progress, compiled=tuning.compile and device.type == "cuda"
+    )
     wiring.check()
     return join(job, models, transformer, device, wiring, tuning)
 
