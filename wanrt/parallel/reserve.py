@@ -38,25 +38,21 @@ class Task:
 
 
 class Reserve:
-    """Processes without a task. `prepare(number)`, of an importable module, is what each does first; its number is that
-    of the rank it will be, counted from 1 because this process is rank 0.
+    """Processes without a task. `prepare(number)`, of an importable module, is what each does first; its number is its
+    place among those that wait, from 1: that of the rank it will be, this process being rank 0.
     """
 
     def __init__(self, prepare: Prepare | None = None) -> None:
         self._prepare = prepare
         self._waiting: deque[tuple[BaseProcess, Connection]] = deque()
-        self._called = 0
 
-    def call(self, count: int) -> None:
-        """Starts so many processes; none is waited for."""
-        for _ in range(count):
-            self._called += 1
-            self._waiting.append(_start(self._prepare, self._called))
+    def fill(self, count: int) -> None:
+        """Starts what is missing to so many processes; none is waited for."""
+        for number in range(len(self._waiting) + 1, count + 1):
+            self._waiting.append(_start(self._prepare, number))
 
     def take(self) -> tuple[BaseProcess, Connection]:
-        """The process that was called first and not yet taken, now its taker's to end; a new one if there is none."""
-        if not self._waiting:
-            self.call(1)
+        """The process that has waited longest; it is now its taker's to end."""
         return self._waiting.popleft()
 
     def close(self) -> None:

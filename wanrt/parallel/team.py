@@ -143,8 +143,9 @@ class Team:
         reserve: Reserve | None = None,
     ) -> None:
         """Gives each member a process, of `reserve` or a new one; `assign` gives it `entry(pipe, assignment)` to do."""
-        reserve = reserve or Reserve()
-        for member in members:
+        wanted, reserve = list(members), reserve or Reserve()
+        reserve.fill(len(wanted))
+        for member in wanted:
             process, pipe = reserve.take()
             self._seats.append(_Seat(member, process, pipe, Task(entry, member.assignment)))
 

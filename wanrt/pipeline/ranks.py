@@ -87,7 +87,7 @@ def reserve_for(job: RenderJob, crew: Crew | None = None) -> Reserve:
     """
     reserve = Reserve(partial(prepare, device=job.device))
     if crew is None and job.topology != "auto":
-        reserve.call(topology_of(job).devices - 1)
+        reserve.fill(topology_of(job).devices - 1)
     return reserve
 
 
