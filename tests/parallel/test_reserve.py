@@ -54,13 +54,6 @@ def team():
     team.close()
 
 
-def until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def members(folder, count=1):
     return [Member(f"mesh{i}", "cpu", str(folder)) for i in range(count)]
 
@@ -68,7 +61,8 @@ def members(folder, count=1):
 def test_they_prepare_before_they_have_a_task_and_then_do_it(tmp_path, team):
     with Reserve(partial(mark, folder=tmp_path)) as reserve:
         reserve.fill(2)
-        until(lambda: {p.name for p in tmp_path.iterdir()} == {"prepared 1", "prepared 2"})
+        reserve.wait()
+        assert {p.name for p in tmp_path.iterdir()} == {"prepared 1", "prepared 2"}
         pids = [process.pid for process, _ in reserve._waiting]
         team.start(members(tmp_path, 3), begin, reserve)
         assert [seat.process.pid for seat in team._seats[:2]] == pids  # the third one is new
@@ -97,6 +91,7 @@ def test_nobody_begins_before_all_are_there(tmp_path, team):
 def test_a_preparation_that_fails_is_named(tmp_path, team):
     with Reserve(refuse) as reserve:
         reserve.fill(1)
+        reserve.wait()
         team.start(members(tmp_path), begin, reserve)
         with pytest.raises(RunError, match=r"mesh0 \(cpu\) failed: number 1 has no device"):
             team.assign()

@@ -115,6 +115,24 @@ def test_it_says_what_it_is_doing_and_keeps_the_seconds(tmp_path):
     assert all(seconds >= 0 for seconds in (*single.values(), *split.values()))
 
 
+def test_the_ranks_of_the_next_entry_are_started_while_this_one_loads(monkeypatch):
+    """And have imported what they need before anything is made: what is measured has the machine to itself."""
+    from wanrt.parallel import reserve
+
+    flags = {"size": "32x32", "random_weights": True, "device": "cpu"}
+    events, start, wait = [], reserve._start, reserve.Reserve.wait
+    monkeypatch.setattr(reserve, "_start", lambda *args: events.append("start") or start(*args))
+    monkeypatch.setattr(reserve.Reserve, "wait", lambda self: wait(self) or events.append("wait"))
+    say = lambda line: events.append(line.partition("] ")[2].partition(" ")[0])  # noqa: E731 (its first word)
+    run_bench(flags, entries_of(None, "tp=2,single,tp=2:latent"), 2, 1, Tuning(), None, say=say)
+    events = [event for event in events if event in ("start", "wait", "making", "single")]
+    assert events == [
+        "start", "wait", "making",  # tp=2; single has no ranks
+        "start", "single", "wait", "making", "single",  # those of the last entry
+        "wait", "making",
+    ]  # fmt: skip
+
+
 def test_a_part_that_begins_beside_others_says_so():
     said = []
     startup = Startup(said.append)

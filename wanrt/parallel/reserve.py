@@ -55,6 +55,11 @@ class Reserve:
         """The process that has waited longest; it is now its taker's to end."""
         return self._waiting.popleft()
 
+    def wait(self) -> None:
+        """Until every one that waits is prepared, or has failed, which its taker will hear."""
+        for _, pipe in self._waiting:
+            pipe.poll(None)
+
     def close(self) -> None:
         """Ends the processes that nobody took."""
         for process, _ in self._waiting:

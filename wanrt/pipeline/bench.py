@@ -15,7 +15,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from wanrt.output.sink import Pixels
     from wanrt.parallel.crew import Crew
+    from wanrt.parallel.reserve import Reserve
     from wanrt.pipeline.shelf import Shelf
     from wanrt.script import RenderJob
 
@@ -139,10 +141,13 @@ def bench(
     crew: Crew | None = None,
     startup: Startup | None = None,
     shelf: Shelf | None = None,
+    reserve: Reserve | None = None,
+    ahead: Reserve | None = None,
 ) -> BenchReport:
     """Runs `warm_up` chunks, then measures `chunks` more. crew: ranks that torchrun started, all of them used.
 
-    startup: hears how far it is. shelf: see `Wiring`.
+    startup: hears how far it is. shelf: see `Wiring`. reserve: rank processes that are on their way already. ahead:
+    those of a later run, whose imports must be over before anything is measured.
 
     Raises `UsageError` for fewer than two chunks, and whatever building a pipeline raises.
     """
@@ -154,7 +159,7 @@ def bench(
     if chunks < 2 or warm_up < 1:
         raise UsageError(f"bench of {chunks} chunks after {warm_up}: expected at least 2 after at least 1")
     wait_passively()
-    with reserve_for(job, crew) as reserve:
+    with reserve or reserve_for(job, crew) as own:
         with timed(startup.heard, LIBRARY):
             device = choose_device(job.device)
         with timed(startup.heard, "devices"):
@@ -162,9 +167,9 @@ def bench(
         set_threads(device)
         job = replace(job, frames=pixel_frames(CHUNK_LATENTS * (warm_up + chunks)))
         recorder = make_recorder(job, device, None)
-        wiring = Wiring(recorder, progress=startup.heard, crew=crew, reserve=reserve, shelf=shelf)
+        wiring = Wiring(recorder, progress=startup.heard, crew=crew, reserve=own, shelf=shelf)
         with one_line_errors():
-            return _measure(job, warm_up, device, tuning or Tuning(), wiring, startup)
+            return _measure(job, warm_up, device, tuning or Tuning(), wiring, startup, ahead)
 
 
 def _measure(
@@ -174,6 +179,7 @@ def _measure(
     tuning: Tuning,
     wiring: Wiring,
     startup: Startup,
+    ahead: Reserve | None,
 ) -> BenchReport:
     recorder = wiring.recorder
     spec = VideoSpec(job.width, job.height, job.fps)
@@ -181,6 +187,8 @@ def _measure(
     _forget_peak(device)
     began = time.perf_counter()
     pipeline = build_pipeline(job, find_files(job), device, wiring, tuning)
+    if ahead is not None:
+        ahead.wait()
     loaded = time.perf_counter()
     sink = QueuedSink(RecordedSink(DiscardingSink(spec), recorder))
     warmed = loaded
@@ -355,24 +363,45 @@ def run_bench(
     found: list[BenchReport | Unmeasured] = []
     shelf = Shelf()
     started_ns = time.perf_counter_ns() if started_ns is None else started_ns
-    for number, entry in enumerate(wanted, start=1):
-        startup = Startup(say, started_ns)
-        if len(wanted) > 1:
-            settled = replace(entry, topology=entry.topology or flags.get("topology"))  # type: ignore[arg-type]
-            startup.tell(f"{settled.title} ({number} of {len(wanted)})")
-        try:
-            measured = _run_entry(flags, entry, chunks, warm_up, tuning, crew, startup, shelf)
-            startup.tell(_in_short(measured))
-            found.append(measured)
-        except WanrtError as error:
-            if len(wanted) == 1:
-                raise
-            found.append(Unmeasured(entry.title, str(error)))
-            log.warning("%s: %s", entry.title, error)
-        if json is not None:
-            runs = [{"entry": done.text, **run.document()} for done, run in zip(wanted, found, strict=False)]
-            write_json(json, {"schema": 1, "runs": runs})
+    with ExitStack() as over:
+        reserve = over.enter_context(_ranks_of(wanted[:1], flags, crew, context=True))
+        for number, entry in enumerate(wanted, start=1):
+            startup = Startup(say, started_ns)
+            ahead = over.enter_context(_ranks_of(wanted[number : number + 1], flags, crew, context=False))
+            if len(wanted) > 1:
+                settled = replace(entry, topology=entry.topology or flags.get("topology"))  # type: ignore[arg-type]
+                startup.tell(f"{settled.title} ({number} of {len(wanted)})")
+            try:
+                measured = _run_entry(
+                    flags, entry, chunks, warm_up, tuning, crew, startup, shelf, reserve, ahead
+                )
+                startup.tell(_in_short(measured))
+                found.append(measured)
+            except WanrtError as error:
+                if len(wanted) == 1:
+                    raise
+                found.append(Unmeasured(entry.title, str(error)))
+                log.warning("%s: %s", entry.title, error)
+            reserve = ahead
+            if json is not None:
+                runs = [
+                    {"entry": done.text, **run.document()} for done, run in zip(wanted, found, strict=False)
+                ]
+                write_json(json, {"schema": 1, "runs": runs})
     return table(found)
+
+
+def _ranks_of(
+    entries: Sequence[Entry], flags: Mapping[str, object], crew: Crew | None, *, context: bool
+) -> Reserve:
+    """The rank processes of an entry, if there is one and it can be, on their way. context: see `reserve_for`."""
+    from wanrt.parallel.reserve import Reserve
+    from wanrt.pipeline.ranks import reserve_for
+
+    with suppress(WanrtError):  # said when its turn comes
+        for entry in entries:
+            return reserve_for(job_of(flags, entry), crew, context=context)
+    return Reserve()
 
 
 def _run_entry(
@@ -384,6 +413,8 @@ def _run_entry(
     crew: Crew | None,
     startup: Startup,
     shelf: Shelf,
+    reserve: Reserve,
+    ahead: Reserve,
 ) -> BenchReport:
     if not entry.p2p and "NCCL_P2P_DISABLE" not in os.environ:
         raise UsageError("no-p2p: NCCL is told before a process starts; set NCCL_P2P_DISABLE=1 for this one")
@@ -391,7 +422,15 @@ def _run_entry(
     if entry.compile is not None:
         tuning = replace(tuning, compile=entry.compile)
     measured = bench(
-        job, chunks=chunks, warm_up=warm_up, tuning=tuning, crew=crew, startup=startup, shelf=shelf
+        job,
+        chunks=chunks,
+        warm_up=warm_up,
+        tuning=tuning,
+        crew=crew,
+        startup=startup,
+        shelf=shelf,
+        reserve=reserve,
+        ahead=ahead,
     )
     return replace(measured, name=entry.name or _name(measured.name, entry))
 

@@ -79,13 +79,14 @@ class Assignment:
         return "nccl" if self.device.startswith("cuda") else "gloo"
 
 
-def reserve_for(job: RenderJob, crew: Crew | None = None) -> Reserve:
+def reserve_for(job: RenderJob, crew: Crew | None = None, *, context: bool = True) -> Reserve:
     """The processes that a job will need, on their way before torch is imported here; whoever calls it closes it.
 
-    None are started for ranks that torchrun started, and for `auto`, which asks the devices first. Raises `UsageError`
-    for a topology that the model cannot take.
+    context: False leaves the devices alone, which somebody else still uses. None are started for ranks that torchrun
+    started, and for `auto`, which asks the devices first. Raises `UsageError` for a topology that the model cannot
+    take.
     """
-    reserve = Reserve(partial(prepare, device=job.device))
+    reserve = Reserve(partial(prepare, device=job.device if context else "cpu"))
     if crew is None and job.topology != "auto":
         reserve.fill(topology_of(job).devices - 1)
     return reserve
