@@ -97,6 +97,14 @@ def test_a_preparation_that_fails_is_named(tmp_path, team):
             team.assign()
 
 
+def test_a_process_that_never_comes_is_named(tmp_path, team, monkeypatch):
+    monkeypatch.setattr("wanrt.parallel.team.START_S", 0.5)
+    with Reserve(never_done) as reserve:
+        team.start(members(tmp_path), begin, reserve)
+        with pytest.raises(RunError, match=r"not started within 0.5 s: mesh0 \(cpu\)"):
+            team.assign()
+
+
 def test_those_not_taken_end_with_the_reserve():
     with Reserve(never_done) as reserve:
         reserve.fill(2)

@@ -27,6 +27,9 @@ log = logging.getLogger("wanrt.parallel")
 LIBRARY = "PyTorch"  # what a process imports first, and on most machines the slowest part of its start
 LAST_LINES = 5
 SETTLE_S = 1.0  # after a failure: how long to wait for the other ranks' exits, to name the first cause
+START_S = (
+    300.0  # how long a process may take to be there: torch from a cold disk, beside others that do the same
+)
 GOODBYE_S = 5.0  # how long a rank may take to end before it is killed
 
 
@@ -160,9 +163,19 @@ class Team:
         """Waits until every process is there, then gives each its assignment: what ranks do together has a time limit,
         which a process that is still importing would use up. `check` is called meanwhile and may raise.
 
-        Raises `RunError` when a process fails or dies first.
+        Raises `RunError` when a process fails or dies first, or is not there after `START_S`.
         """
-        self._wait(lambda seat: seat.prepared, check)
+        deadline = time.monotonic() + START_S
+
+        def check_time() -> None:
+            check()
+            if time.monotonic() > deadline:
+                late = ", ".join(seat.place for seat in self._seats if not seat.prepared)
+                raise RunError(
+                    f"not started within {START_S:g} s: {late}; look at the load of this machine and at its devices"
+                )
+
+        self._wait(lambda seat: seat.prepared, check_time)
         for seat in self._seats:
             task, seat.task = seat.task, None
             if task is not None:

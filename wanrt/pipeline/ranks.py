@@ -170,18 +170,12 @@ def _build_joined(
         for name, recruit in names.items()
     }
     team = Team(_Listener(wiring, offsets).heard)
-
-    def check() -> None:
-        # first: when a rank dies, torchrun ends the others by a signal, which is not the cause
-        team.check()
-        wiring.check()
-
     with _undone(team, crew.close_stores) as cleanup:
         team.join(
             (Member(plan.name, plan.device + places[plan.name], plan), names[plan.name].connection)
             for plan in plans[1:]
         )
-        return _join(plans[STAGE0], device, team, replace(wiring, check=check), cleanup)
+        return _join(plans[STAGE0], device, team, wiring, cleanup)
 
 
 @contextmanager
@@ -247,13 +241,19 @@ def _join(
 ) -> Pipeline:
     from wanrt.pipeline.devices import set_threads
 
+    def check() -> None:
+        # first: when a rank dies, torchrun ends the others by a signal, which is not the cause
+        team.check()
+        outer.check()
+
     set_threads(device, plan.topology.devices)
+    outer, wiring = wiring, replace(wiring, check=check)
     lanes = _lanes(plan, device)
     # On a device of its own stage 0 loads beside the mesh, which must not wait for it. On the mesh's first device it
     # loads while the other processes may still be importing: its own work is the same whenever it is done.
-    early = None if plan.topology.pp1 else _load_stage0(plan, device, team, wiring, lanes)
+    early = None if plan.topology.pp1 else _load_stage0(plan, device, wiring, lanes)
     groups = _meet(plan, device, team, wiring)
-    models, codec = early or _load_stage0(plan, device, team, wiring, lanes)
+    models, codec = early or _load_stage0(plan, device, wiring, lanes)
     with answering(team, "warm-up broke off"):
         # in every rank's order, the mesh first: capturing graphs is a joint effort
         local = None if groups.mesh is None else _mesh_part(plan, groups.mesh, device, wiring, lanes)
@@ -274,7 +274,7 @@ def _join(
 
 
 def _load_stage0(
-    plan: Assignment, device: torch.device, team: Team, wiring: Wiring, lanes: Lanes
+    plan: Assignment, device: torch.device, wiring: Wiring, lanes: Lanes
 ) -> tuple[Stage0Models, Codec | None]:
     """Stage 0's models, and its VAE as this device alone runs it; None where the VAE is split."""
     from wanrt.pipeline.devices import choose_precision
@@ -282,7 +282,6 @@ def _load_stage0(
 
     precision = choose_precision(plan.job.precision, device)
     models = load_stage0(plan.job, plan.files, device, precision, wiring.progress)
-    team.check()
     wiring.check()
     if plan.topology.vae > 1:
         return models, None
