@@ -317,7 +317,7 @@ def _forget_peak(device: torch.device) -> None:
 
     from wanrt.pipeline.shelf import give_back
 
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_initialized():  # else there was none
         give_back()
         torch.cuda.reset_peak_memory_stats(device)
 
