@@ -48,6 +48,7 @@ def start():
         team = Team(lambda name, message: heard.append((name, message)))
         team.start([Member(name, f"cpu {i}", name) for i, name in enumerate(names)], entry)
         teams.append(team)
+        team.assign()
         return team, heard
 
     yield start

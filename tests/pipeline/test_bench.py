@@ -1,13 +1,15 @@
 import dataclasses
 import json
+import re
 from fractions import Fraction
 
 import pytest
 
 from wanrt.errors import RunError, UsageError
-from wanrt.pipeline.bench import bench, by_chunk, report, run_bench, table
+from wanrt.pipeline.bench import BenchReport, bench, by_chunk, report, run_bench, table
 from wanrt.pipeline.build import Tuning
 from wanrt.pipeline.matrix import SEED_MATRIX, Entry, entries_of
+from wanrt.pipeline.startup import Startup
 from wanrt.script import RenderJob, Timeline, load_preset
 from wanrt.telemetry import Span
 from wanrt.telemetry.simulator import simulate
@@ -90,6 +92,69 @@ def test_the_command(tmp_path):
     assert [run["name"] for run in runs] == ["single decode-all", "single latent"]
     assert runs[0]["fps"] > 0
     assert runs[0]["settings"]["random_weights"] is True
+
+
+def test_it_says_what_it_is_doing_and_keeps_the_seconds(tmp_path):
+    flags = {"size": "32x32", "random_weights": True, "device": "cpu"}
+    said, out = [], tmp_path / "b.json"
+    run_bench(flags, entries_of(None, "single,tp=2"), 2, 1, Tuning(), str(out), say=said.append)
+    assert all(re.match(r"\[\d+:\d\d\] ", line) for line in said)
+    words = [line.partition("] ")[2] for line in said]
+    tp = words.index("tp=2 (2 of 2)")
+    assert words[0] == "single (1 of 2)"
+    assert words.index("loading VAE") < words.index("loading transformer") < tp
+    assert words[tp - 1].startswith("single anchor-only: ")
+    assert "making 1 chunks to warm up, then 2 to measure" in words[tp:]
+    single, split = (run["startup"] for run in json.loads(out.read_text())["runs"])
+    parts = {"PyTorch", "devices", "VAE", "transformer", "first chunk"}
+    assert parts == set(single)
+    assert set(split) >= {
+        *parts, "rank processes", "communicator", "other ranks", "mesh1: PyTorch", "mesh1: communicator",
+        "mesh1: transformer",
+    }  # fmt: skip
+    assert all(seconds >= 0 for seconds in (*single.values(), *split.values()))
+
+
+def test_the_ranks_of_the_next_entry_are_started_while_this_one_loads(monkeypatch):
+    """And have imported what they need before anything is made: what is measured has the machine to itself."""
+    from wanrt.parallel import reserve
+
+    flags = {"size": "32x32", "random_weights": True, "device": "cpu"}
+    events, start, wait = [], reserve._start, reserve.Reserve.wait
+    monkeypatch.setattr(reserve, "_start", lambda *args: events.append("start") or start(*args))
+    monkeypatch.setattr(reserve.Reserve, "wait", lambda self: wait(self) or events.append("wait"))
+    say = lambda line: events.append(line.partition("] ")[2].partition(" ")[0])  # noqa: E731 (its first word)
+    run_bench(flags, entries_of(None, "tp=2,single,tp=2:latent"), 2, 1, Tuning(), None, say=say)
+    events = [event for event in events if event in ("start", "wait", "making", "single")]
+    assert events == [
+        "start", "wait", "making",  # tp=2; single has no ranks
+        "start", "single", "wait", "making", "single",  # those of the last entry
+        "wait", "making",
+    ]  # fmt: skip
+
+
+def test_a_part_that_begins_beside_others_says_so():
+    said = []
+    startup = Startup(said.append)
+    for part, seconds in [("VAE", None), ("mesh1: transformer", None), ("VAE", 1.5), ("warm-up", None)]:
+        startup.heard(part, seconds)
+    startup.heard("warm-up", None)  # the next graph of the same warm-up
+    assert [line.partition("] ")[2] for line in said] == [
+        "loading VAE",
+        "loading mesh1: transformer (beside VAE)",
+        "loading warm-up (beside mesh1: transformer)",
+    ]
+    assert startup.seconds == {"VAE": 1.5}
+
+
+def test_a_report_of_an_older_file_has_no_startup(job):
+    spans = {chunk: seed_chunk(chunk, 955 * chunk) for chunk in range(3, 9)}
+    got = report(job, spans, 3, (1.0, 2.0), None, Tuning(), {"VAE": 1.5})
+    document = got.document()
+    assert document["startup"] == {"VAE": 1.5}
+    assert BenchReport.read(document).startup == {"VAE": 1.5}
+    del document["startup"]
+    assert BenchReport.read(document).startup == {}
 
 
 def test_spans_of_other_chunks_are_left_out():

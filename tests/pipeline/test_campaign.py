@@ -1,6 +1,7 @@
 """Long matrices: what is in them, in which order, within which time; processes stood in for by a script."""
 
 import json
+import re
 import sys
 from fractions import Fraction
 
@@ -23,12 +24,17 @@ SCRIPT = """
 import json, os, pathlib, sys, time
 template, log, hang, part, _, entries = sys.argv[1:7]
 runs = []
+if hang == "slow":
+    time.sleep(1)  # as an import of torch would
 for entry in entries.split(","):
     with open(log, "a") as file:
         file.write(f"{entry} {os.environ.get('NCCL_P2P_DISABLE', '0')}\\n")
-    if entry == hang:
+    if "say" in hang:
+        print(f"[0:01] {entry}", "a line of no progress", "[0:02] loading transformer (beside VAE)", sep="\\n",
+              file=sys.stderr, flush=True)
+    if entry == hang.removeprefix("say "):
         time.sleep(600)
-    if "fail" in hang and entry.startswith(hang.removeprefix("fail ")):
+    if "fail" in hang and entry.startswith(hang.removeprefix("fail ").removeprefix("say ")):
         sys.exit("wanrt: the device is on fire")
     runs.append({**json.loads(pathlib.Path(template).read_text()), "entry": entry, "name": entry})
     pathlib.Path(part + ".new").write_text(json.dumps({"runs": runs}))
@@ -66,7 +72,7 @@ def run(document, tmp_path, monkeypatch):
     (tmp_path / "template.json").write_text(json.dumps(document))
     log, out = tmp_path / "log", tmp_path / "out.json"
 
-    def go(matrix, hang="", budget=None, resume=False, flags=FLAGS):
+    def go(matrix, hang="", budget=None, resume=False, flags=FLAGS, say=lambda line: None):
         def command(self, entries, part):
             texts = ",".join(entry.text for entry in entries)
             return [
@@ -77,7 +83,7 @@ def run(document, tmp_path, monkeypatch):
         monkeypatch.setattr(campaign._Campaign, "_command", command)
         log.write_text("")
         entries = entries_of(None, matrix, flags.get("size"), flags.get("precision"))
-        how = Campaign(flags, 3, 3, Tuning(), str(out), budget, resume)
+        how = Campaign(flags, 3, 3, Tuning(), str(out), budget, resume, say)
         table = run_campaign(how, entries)
         return table, json.loads(out.read_text()), log.read_text().splitlines()
 
@@ -138,6 +144,77 @@ def test_time_is_bounded_and_a_second_call_goes_on(run):
     _, found, again = run("two", resume=True)
     assert [line.split()[0] for line in again] == ["tp=2", "ulysses=2+vae=2", "tp=2+vae=2", "pp1+tp=1"]
     assert [r["entry"] for r in found["runs"] if "costs" in r][:2] == ["single", "ulysses=2"]
+
+
+def test_what_a_process_was_doing_when_time_was_up_is_named_and_kept(run, tmp_path, caplog):
+    caplog.set_level("DEBUG", "wanrt")
+    said = []
+    flags = {**FLAGS, "size": None}
+    matrix = "single,tp=2:32x32,tp=2:64x64,tp=2:96x96"
+    _, found, _ = run(matrix, hang="say tp=2:64x64", budget=4.0, flags=flags, say=said.append)
+    reasons = {r["entry"]: r.get("reason", "") for r in found["runs"]}
+    assert re.fullmatch(
+        r"the budget of 4 s was used up while: loading transformer \(beside VAE\) \([0-4] s\)",
+        reasons["tp=2:64x64"],
+    )
+    assert reasons["tp=2:96x96"] == "the budget of 4 s was used up before"
+    assert reasons["tp=2:32x32"] == ""
+    loading = "[0:02] loading transformer (beside VAE)"
+    assert said == [x for e in ("single", "tp=2:32x32", "tp=2:64x64") for x in (f"[0:01] {e}", loading)]
+    kept = (tmp_path / "out.json.log").read_text()
+    assert kept.splitlines()[:5] == [
+        "# single", "[0:01] single", "a line of no progress", loading, "# tp=2:32x32,tp=2:64x64,tp=2:96x96",
+    ]  # fmt: skip
+    assert kept.count("a line of no progress") == 3
+    debug = next(r.getMessage() for r in caplog.records if r.levelname == "DEBUG" and "its last" in r.message)
+    assert debug.endswith(f"[0:01] tp=2:64x64 | a line of no progress | {loading}")
+
+
+def test_the_first_process_is_started_before_torch_is_imported_here(run, monkeypatch):
+    """What this machine cannot run is found out while it starts, and listed all the same."""
+    began, possible = [], campaign._Campaign._possible
+
+    def noted(self, entry):
+        began.append(
+            (entry.text, [p for p in psutil.Process().children() if "fake.py" in " ".join(p.cmdline())])
+        )
+        return possible(self, entry)
+
+    monkeypatch.setattr(campaign._Campaign, "_possible", noted)
+    monkeypatch.setattr(campaign, "has_torch", lambda: bool(began))  # `_possible` imports it
+    monkeypatch.setattr("wanrt.pipeline.build.settle_topology", settled)
+    _, found, started = run("single:fp8,single,tp=3,tp=2:fp8,tp=2", hang="slow")
+    reasons = {r["entry"]: r.get("reason", "") for r in found["runs"]}
+    assert "8 % 3" in reasons["tp=3"]
+    assert reasons["single:fp8"] == reasons["tp=2:fp8"] == "no fp8 here"
+    assert reasons["single"] == reasons["tp=2"] == ""
+    assert [(text, bool(processes)) for text, processes in began] == [
+        ("single:fp8", True), ("single", True), ("tp=2:fp8", False), ("tp=2", False),
+    ]  # fmt: skip
+    assert [line.split()[0] for line in started] == ["single:fp8", "single", "tp=2"]
+
+
+def settled(job, device):
+    if job.precision == "fp8":
+        raise UsageError("no fp8 here")
+
+
+def test_the_log_is_begun_anew_and_gone_on_with(run, tmp_path):
+    log = tmp_path / "out.json.log"
+    run("single", hang="say nothing")
+    run("single", hang="say nothing")
+    assert log.read_text().count("# single") == 1
+    run("single,tp=2", hang="say nothing", resume=True)
+    assert [line for line in log.read_text().splitlines() if line[0] == "#"] == ["# single", "# tp=2"]
+
+
+def test_a_process_that_fails_says_what_it_was_doing(run):
+    _, found, _ = run("single", hang="fail say single")
+    assert re.fullmatch(
+        r"its process ended with code 1 while: loading transformer \(beside VAE\) \(\d s\): "
+        "wanrt: the device is on fire",
+        found["runs"][0]["reason"],
+    )
 
 
 def test_a_process_that_fails_costs_its_own_entries(run):

@@ -1,18 +1,26 @@
-"""Pipelines over two CUDA devices, NCCL between them."""
+"""Pipelines over two CUDA devices, NCCL between them.
+
+A start takes longer than a video here: each is rendered once, and the next one's rank is on its way meanwhile. With
+pytest-xdist, `--dist loadgroup` keeps all of it in one worker, so that none renders what another has.
+"""
 
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
 
+from wanrt.parallel.reserve import Reserve
 from wanrt.pipeline.bench import bench
 from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, make_recorder
+from wanrt.pipeline.ranks import prepare
 from wanrt.script import RenderJob, Timeline, load_preset
 
 pytestmark = [
     pytest.mark.multigpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    pytest.mark.xdist_group("two devices"),
 ]
 FIRST = torch.device("cuda", 0)
 TOPOLOGIES = [
@@ -24,63 +32,77 @@ TOPOLOGIES = [
 ]  # a split VAE is unverified on GPUs
 
 
-@pytest.fixture(scope="module")
-def job():
-    preset = load_preset("wan-tiny")
+def job_of(preset, device):
     return RenderJob(
         preset=preset, timeline=Timeline.of("a red ball"), seed=3, width=224, height=128, fps=Fraction(16),
         frames=9 + 5 * 12, steps=preset.steps, window=3, bias=0.3, anchor="anchor-only", random_weights=True,
-        device="cuda:0", precision="fp32",
+        device=device, precision="fp32", topology="single",
     )  # fmt: skip
 
 
-def video(job, tuning=None):
-    """(latents, frames) of a job, on the CPU."""
-    pipeline = build_pipeline(job, None, FIRST, Wiring(make_recorder(job, FIRST, None)), tuning)
-    latents, receive = [], pipeline._mesh.receive
+class Videos:
+    """Videos of a job, each rendered once, whoever asks."""
 
-    def listening():
-        result = receive()
-        latents.append(result.latents)
-        return result
+    def __init__(self, job, device, reserve):
+        self.job, self.device, self.reserve = job, device, reserve
+        self._made = {}
 
-    pipeline._mesh.receive = listening
-    try:
-        frames = [frames.pixels for frames in pipeline.run()]
-        torch.cuda.synchronize()
-        return torch.cat(latents, dim=2).cpu(), torch.cat([f.cpu() for f in frames])
-    finally:
-        pipeline.close()
+    def of(self, topology="single", *, graphs=True, anchor="anchor-only", precision="fp32"):
+        """(latents, frames), on the CPU."""
+        key = topology, graphs, anchor, precision
+        if key not in self._made:
+            job = replace(self.job, topology=topology, anchor=anchor, precision=precision)
+            self._made[key] = self._render(job, Tuning(graphs=graphs))
+        return self._made[key]
+
+    def _render(self, job, tuning):
+        wiring = Wiring(make_recorder(job, self.device, None), reserve=self.reserve)
+        pipeline = build_pipeline(job, None, self.device, wiring, tuning)
+        latents, receive = [], pipeline._mesh.receive
+
+        def listening():
+            result = receive()
+            latents.append(result.latents)
+            return result
+
+        pipeline._mesh.receive = listening
+        self.reserve.fill(1)  # the next one's: it imports while this one is made
+        try:
+            frames = [frames.pixels for frames in pipeline.run()]
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            return torch.cat(latents, dim=2).cpu(), torch.cat([f.cpu() for f in frames])
+        finally:
+            pipeline.close()
 
 
 @pytest.fixture(scope="module")
-def single(job):
-    return video(job)
+def videos():
+    with Reserve(partial(prepare, device="cuda")) as reserve:
+        yield Videos(job_of(load_preset("wan-tiny"), "cuda:0"), FIRST, reserve)
 
 
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_the_same_video_as_one_device(job, single, topology, graphs):
+def test_the_same_video_as_one_device(videos, topology, graphs):
     """fp32 with TF32 off in matrix products: rounding alone, which five chunks let grow a little."""
-    latents, pixels = video(replace(job, topology=topology), Tuning(graphs=graphs))
+    single = videos.of()
+    latents, pixels = videos.of(topology, graphs=graphs)
     scale = single[0].abs().max().item()
     torch.testing.assert_close(latents, single[0], rtol=0, atol=1e-3 * scale)
     assert (pixels.int() - single[1].int()).abs().float().mean() < 1
 
 
+@pytest.mark.parametrize("anchor", ["decode-all", "overlap"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_policies_agree_bit_for_bit(job, topology):
-    jobs = [
-        replace(job, topology=topology, precision="auto", anchor=anchor)
-        for anchor in ("decode-all", "overlap", "anchor-only")
-    ]
-    (latents, pixels), *others = [video(j) for j in jobs]
-    for other_latents, other_pixels in others:
-        assert torch.equal(latents, other_latents)
-        assert torch.equal(pixels, other_pixels)
+def test_policies_agree_bit_for_bit(videos, topology, anchor):
+    latents, pixels = videos.of(topology, precision="auto")
+    other_latents, other_pixels = videos.of(topology, anchor=anchor, precision="auto")
+    assert torch.equal(latents, other_latents)
+    assert torch.equal(pixels, other_pixels)
 
 
-def test_the_mesh_waits_for_nothing_but_the_anchor(job):
+def test_the_mesh_waits_for_nothing_but_the_anchor(videos):
     """Under PP1 a bubble longer than anchor decode + encode + transfer + 2 ms is a defect."""
-    got = bench(replace(job, topology="pp1+tp=1", precision="auto"), chunks=12)
+    got = bench(replace(videos.job, topology="pp1+tp=1", precision="auto"), chunks=12)
     assert got.anchor_path.p50_ms < got.costs.decode + got.costs.encode + 0.5 + 2.0

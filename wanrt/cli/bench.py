@@ -12,6 +12,7 @@ Text = str | None
 
 
 def command(
+    context: typer.Context,
     preset: Annotated[
         Text, typer.Option(metavar="NAME", help="The model (wanrt presets lists them).")
     ] = None,
@@ -64,6 +65,7 @@ def command(
 ) -> None:
     """Measure how fast a model runs here, in its steady state."""
     from wanrt.cli import _joined
+    from wanrt.panel import make_observer
     from wanrt.pipeline.bench import run_bench
     from wanrt.pipeline.build import Tuning
     from wanrt.pipeline.campaign import Campaign, run_campaign
@@ -89,14 +91,15 @@ def command(
             raise UsageError("--check with --matrix: expected one configuration; leave out --matrix")
         print(run_check({**flags, "anchor": anchor}, chunks, tuning, json))
         return
+    say = make_observer("plain").log
     with _joined.crew() as crew:
         entries = entries_of(anchor, matrix, size, precision)
         apart = budget is not None or resume or not all(entry.p2p for entry in entries)
         if apart and crew is None:
-            campaign = Campaign(flags, chunks, warm_up, tuning, json, budget, resume)
+            campaign = Campaign(flags, chunks, warm_up, tuning, json, budget, resume, say)
             print(run_campaign(campaign, entries))
         else:
-            print(run_bench(flags, entries, chunks, warm_up, tuning, json, crew))
+            print(run_bench(flags, entries, chunks, warm_up, tuning, json, crew, say, context.obj))
 
 
 def _refuse_beside_vae(**options: object) -> None:

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from wanrt.errors import RunError
 from wanrt.parallel.launch import Launch
-from wanrt.parallel.team import Failed, Left, leave, logging_into, words_of
+from wanrt.parallel.member import Failed, leave, logging_into, words_of
+from wanrt.parallel.team import Left
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore

@@ -10,22 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, NoReturn
+from typing import Any
 
 from wanrt.errors import RunError
+from wanrt.parallel.member import Failed, Line
+from wanrt.parallel.reserve import Prepared, Reserve, Task
 
 log = logging.getLogger("wanrt.parallel")
 
+LIBRARY = "PyTorch"  # what a process imports first, and on most machines the slowest part of its start
 LAST_LINES = 5
 SETTLE_S = 1.0  # after a failure: how long to wait for the other ranks' exits, to name the first cause
+START_S = (
+    300.0  # how long a process may take to be there: torch from a cold disk, beside others that do the same
+)
 GOODBYE_S = 5.0  # how long a rank may take to end before it is killed
 
 
@@ -45,25 +49,10 @@ class Loading:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line of a rank's log."""
-
-    level: int
-    text: str
-
-
-@dataclass(frozen=True)
 class Spans:
     """What a rank recorded since the last time (`Recorder.drain`)."""
 
     batch: list[Any]
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A rank's last words."""
-
-    text: str
 
 
 @dataclass(frozen=True)
@@ -112,6 +101,8 @@ class _Seat:
     member: Member
     process: BaseProcess | Distant
     pipe: Connection
+    task: Any  # what it is given once all are there; None: it has it
+    prepared: bool = False
     ready: bool = False
     failed: str = ""
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
@@ -148,44 +139,60 @@ class Team:
         self._heard = heard
         self._closed = False
 
-    def start(self, members: Iterable[Member], entry: Callable[[Connection, Any], None]) -> None:
-        """Starts a process for each member: `entry(pipe, assignment)`, a function of an importable module."""
-        context = multiprocessing.get_context("spawn")
-        for member in members:
-            mine, theirs = context.Pipe()
-            process = context.Process(
-                target=_run_member,
-                args=(entry, theirs, member.assignment),
-                name=f"wanrt {member.name}",
-                daemon=True,
-            )
-            process.start()
-            theirs.close()
-            self._seats.append(_Seat(member, process, mine))
+    def start(
+        self,
+        members: Iterable[Member],
+        entry: Callable[[Connection, Any], None],
+        reserve: Reserve | None = None,
+    ) -> None:
+        """Gives each member a process, of `reserve` or a new one; `assign` gives it `entry(pipe, assignment)` to do."""
+        wanted, reserve = list(members), reserve or Reserve()
+        reserve.fill(len(wanted))
+        for member in wanted:
+            process, pipe = reserve.take()
+            self._seats.append(_Seat(member, process, pipe, Task(entry, member.assignment)))
 
     def join(self, members: Iterable[tuple[Member, Connection]]) -> None:
-        """Gives ranks that are there already their assignments; the connections stay their owner's."""
+        """Takes ranks that are there already; the connections stay their owner's."""
         for member, connection in members:
-            self._seats.append(_Seat(member, Distant(connection), connection))
-            self.send(member.assignment, frozenset({member.name}))
+            self._seats.append(
+                _Seat(member, Distant(connection), connection, member.assignment, prepared=True)
+            )
+
+    def assign(self, check: Callable[[], None] = lambda: None) -> None:
+        """Waits until every process is there, then gives each its assignment: what ranks do together has a time limit,
+        which a process that is still importing would use up. `check` is called meanwhile and may raise.
+
+        Raises `RunError` when a process fails or dies first, or is not there after `START_S`.
+        """
+        deadline = time.monotonic() + START_S
+
+        def check_time() -> None:
+            check()
+            if time.monotonic() > deadline:
+                late = ", ".join(seat.place for seat in self._seats if not seat.prepared)
+                raise RunError(
+                    f"not started within {START_S:g} s: {late}; look at the load of this machine and at its devices"
+                )
+
+        self._wait(lambda seat: seat.prepared, check_time)
+        for seat in self._seats:
+            task, seat.task = seat.task, None
+            if task is not None:
+                self._give(seat, task)
 
     def wait_ready(self, check: Callable[[], None] = lambda: None) -> None:
-        """Waits until every rank is ready; `check` is called meanwhile and may raise.
+        """Waits until every rank has done its assignment's preparations; `check` is called meanwhile and may raise.
 
         Raises `RunError` when a rank fails or dies first.
         """
-        while not all(seat.ready for seat in self._seats):
-            check()
-            self._listen(0.2)
-            self.check()
+        self.assign(check)
+        self._wait(lambda seat: seat.ready, check)
 
     def send(self, command: Any, to: frozenset[str] | None = None) -> None:
         """Gives ranks a command, all of them or those of these names. Raises `RunError` when one is gone."""
         for seat in (seat for seat in self._seats if to is None or seat.member.name in to):
-            try:
-                seat.pipe.send(command)
-            except OSError as error:
-                raise self.failure(f"cannot reach {seat.place}") from error
+            self._give(seat, command)
 
     def check(self) -> None:
         """Takes in what the ranks said. Raises `RunError` when one has failed or died. Never waits."""
@@ -213,6 +220,8 @@ class Team:
         for seat in self._seats:
             with contextlib.suppress(OSError):
                 seat.pipe.send(None)
+            if not seat.prepared:
+                seat.process.kill()  # it has nothing to finish, and may be in the middle of an import
         deadline = time.monotonic() + patience
         for seat in self._seats:
             self._drain_until_gone(seat, deadline)
@@ -226,6 +235,19 @@ class Team:
             if not (isinstance(seat.process, Distant) and seat.process.left):
                 seat.pipe.close()
         self._seats = []
+
+    def _wait(self, state: Callable[[_Seat], bool], check: Callable[[], None]) -> None:
+        """Until every seat is in a state."""
+        while not all(state(seat) for seat in self._seats):
+            check()
+            self._listen(0.2)
+            self.check()
+
+    def _give(self, seat: _Seat, command: Any) -> None:
+        try:
+            seat.pipe.send(command)
+        except OSError as error:
+            raise self.failure(f"cannot reach {seat.place}") from error
 
     def _drain_until_gone(self, seat: _Seat, deadline: float) -> None:
         """A rank may be blocked on a full pipe: keep reading while it ends."""
@@ -266,6 +288,10 @@ class Team:
         elif isinstance(message, Left):
             assert isinstance(seat.process, Distant), "a started rank ends with its process"
             seat.process.left = True
+        elif isinstance(message, Prepared):
+            seat.prepared = True
+            if message.seconds is not None:
+                self._heard(seat.member.name, Loading(LIBRARY, message.seconds))
         elif isinstance(message, Ready):
             seat.ready = True
             log.info("%s is ready%s", seat.place, f": {message.detail}" if message.detail else "")
@@ -290,61 +316,3 @@ def _cause_of_death(code: int | None) -> str:
     if code is None:
         return "does not answer"
     return f"killed by signal {-code}" if code < 0 else f"ended with code {code}"
-
-
-def _run_member(entry: Callable[[Connection, Any], None], pipe: Connection, assignment: Any) -> None:
-    """A rank's process: dies with its parent, leaves Ctrl-C to it, says why when it fails."""
-    import signal
-
-    _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with logging_into(pipe):
-        try:
-            entry(pipe, assignment)
-        except (EOFError, BrokenPipeError):  # the parent is gone
-            pass
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                pipe.send(Failed(words_of(error)))
-            leave(1)
-    leave(0)
-
-
-def words_of(error: BaseException) -> str:
-    """An error in one line."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:500]
-
-
-def leave(code: int) -> NoReturn:
-    """Ends a rank's process, not through the interpreter's end: libraries tear down slowly there, and hang where a
-    peer is dead.
-    """
-    os._exit(code)
-
-
-@contextlib.contextmanager
-def logging_into(pipe: Connection) -> Iterator[None]:
-    """The log of wanrt goes up the pipe."""
-
-    class ToParent(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            with contextlib.suppress(OSError):
-                pipe.send(Line(record.levelno, record.getMessage()))
-
-    logger = logging.getLogger("wanrt")
-    logger.handlers[:] = [ToParent()]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    yield
-
-
-def _die_with_parent() -> None:
-    """Linux: SIGKILL when the parent's main thread ends, however it ends."""
-    import ctypes
-    import signal
-
-    pr_set_pdeathsig = 1  # <linux/prctl.h>
-    try:
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    except (OSError, AttributeError):
-        log.debug("no prctl here: a rank ends with its pipe")

@@ -15,19 +15,22 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanrt.errors import RunError, UsageError, WanrtError
 from wanrt.output import PixelFormat, QueuedSink, Sink, VideoSpec
+from wanrt.parallel.team import LIBRARY
 from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, find_files, make_recorder, settle_topology
 from wanrt.pipeline.context import CHUNK_LATENTS, pixel_frames
 from wanrt.pipeline.encoding import RecordedSink
 from wanrt.pipeline.matrix import NO_P2P, Entry
 from wanrt.pipeline.run import converter, one_line_errors, settings
+from wanrt.pipeline.startup import Say, Startup, silent
 from wanrt.telemetry import Recorder, Span
 from wanrt.telemetry.simulator import StageCosts
 
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
     from wanrt.output.sink import Pixels
     from wanrt.parallel.crew import Crew
+    from wanrt.parallel.reserve import Reserve
+    from wanrt.pipeline.shelf import Shelf
     from wanrt.script import RenderJob
 
 log = logging.getLogger("wanrt.pipeline")
@@ -79,6 +84,7 @@ class BenchReport:
     load_s: float
     warm_up_s: float
     memory_bytes: int | None  # most that the device's allocator held; None on a CPU
+    startup: Mapping[str, float] = field(default_factory=dict)  # seconds by part; parts of ranks overlap
     not_included: tuple[str, ...] = NOT_INCLUDED
 
     @property
@@ -102,7 +108,8 @@ class BenchReport:
     def read(cls, document: Mapping[str, Any]) -> BenchReport:
         """The report of a `document`."""
         timings = ("period", "mesh", "stage0", "anchor_path")
-        known: dict[str, Any] = {f.name: document[f.name] for f in fields(cls)}
+        # files of older versions have no startup
+        known: dict[str, Any] = {f.name: document[f.name] for f in fields(cls) if f.name in document}
         known |= {name: Timing(**document[name]) for name in timings}
         return cls(**{**known, "costs": StageCosts(**document["costs"])})
 
@@ -132,48 +139,75 @@ def bench(
     warm_up: int = WARM_UP_CHUNKS,
     tuning: Tuning | None = None,
     crew: Crew | None = None,
+    startup: Startup | None = None,
+    shelf: Shelf | None = None,
+    reserve: Reserve | None = None,
+    ahead: Reserve | None = None,
 ) -> BenchReport:
     """Runs `warm_up` chunks, then measures `chunks` more. crew: ranks that torchrun started, all of them used.
+
+    startup: hears how far it is. shelf: see `Wiring`. reserve: rank processes that are on their way already. ahead:
+    those of a later run, whose imports must be over before anything is measured.
 
     Raises `UsageError` for fewer than two chunks, and whatever building a pipeline raises.
     """
     from wanrt.pipeline.devices import choose_device, set_threads, wait_passively
+    from wanrt.pipeline.models import timed
+    from wanrt.pipeline.ranks import reserve_for
 
+    startup = startup or Startup()
     if chunks < 2 or warm_up < 1:
         raise UsageError(f"bench of {chunks} chunks after {warm_up}: expected at least 2 after at least 1")
     wait_passively()
-    device = choose_device(job.device)
-    job = settle_topology(job, device, None if crew is None else crew.world)
-    set_threads(device)
-    wanted = pixel_frames(CHUNK_LATENTS * (warm_up + chunks))
-    with one_line_errors():
-        return _measure(replace(job, frames=wanted), warm_up, device, tuning or Tuning(), crew)
+    with reserve or reserve_for(job, crew) as own:
+        with timed(startup.heard, LIBRARY):
+            device = choose_device(job.device)
+        with timed(startup.heard, "devices"):
+            job = settle_topology(job, device, None if crew is None else crew.world)
+        set_threads(device)
+        job = replace(job, frames=pixel_frames(CHUNK_LATENTS * (warm_up + chunks)))
+        recorder = make_recorder(job, device, None)
+        wiring = Wiring(recorder, progress=startup.heard, crew=crew, reserve=own, shelf=shelf)
+        with one_line_errors():
+            return _measure(job, warm_up, device, tuning or Tuning(), wiring, startup, ahead)
 
 
 def _measure(
-    job: RenderJob, warm_up: int, device: torch.device, tuning: Tuning, crew: Crew | None
+    job: RenderJob,
+    warm_up: int,
+    device: torch.device,
+    tuning: Tuning,
+    wiring: Wiring,
+    startup: Startup,
+    ahead: Reserve | None,
 ) -> BenchReport:
-    recorder = make_recorder(job, device, None)
+    recorder = wiring.recorder
     spec = VideoSpec(job.width, job.height, job.fps)
-    convert = converter(spec, PixelFormat.NV12, device)
+    wiring = replace(wiring, convert=converter(spec, PixelFormat.NV12, device))
+    _forget_peak(device)
     began = time.perf_counter()
-    wiring = Wiring(recorder, convert=convert, crew=crew)
     pipeline = build_pipeline(job, find_files(job), device, wiring, tuning)
+    if ahead is not None:
+        ahead.wait()
     loaded = time.perf_counter()
     sink = QueuedSink(RecordedSink(DiscardingSink(spec), recorder))
     warmed = loaded
+    assert job.chunks is not None
+    startup.tell(f"making {warm_up} chunks to warm up, then {job.chunks - warm_up} to measure")
     try:
         for frames in pipeline.run():
             sink.write(frames.pixels)
             sink.flush_chunk()
+            if frames.chunk == 0:
+                startup.heard("first chunk", time.perf_counter() - loaded)
             warmed = time.perf_counter() if frames.chunk == warm_up - 1 else warmed
     finally:
         pipeline.close()
         sink.finish()
     _settle(device)
-    assert job.chunks is not None
     spans = by_chunk(recorder, range(warm_up, job.chunks))
-    return report(job, spans, warm_up, (loaded - began, warmed - loaded), _memory(device), tuning)
+    seconds = loaded - began, warmed - loaded
+    return report(job, spans, warm_up, seconds, _memory(device), tuning, startup.seconds)
 
 
 def report(
@@ -183,6 +217,7 @@ def report(
     seconds: tuple[float, float],
     memory: int | None,
     tuning: Tuning,
+    startup: Mapping[str, float] | None = None,
 ) -> BenchReport:
     """The measures of spans sorted by chunk. Raises `RunError` when a chunk was not recorded whole."""
     chunks = sorted(spans)
@@ -208,6 +243,7 @@ def report(
         load_s=seconds[0],
         warm_up_s=seconds[1],
         memory_bytes=memory,
+        startup=dict(startup or {}),
     )
 
 
@@ -275,6 +311,17 @@ def _settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _forget_peak(device: torch.device) -> None:
+    """What an earlier run needed at most is not counted as this one's."""
+    import torch
+
+    from wanrt.pipeline.shelf import give_back
+
+    if device.type == "cuda" and torch.cuda.is_initialized():  # else there was none
+        give_back()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def _memory(device: torch.device) -> int | None:
     import torch
 
@@ -301,27 +348,60 @@ def run_bench(
     tuning: Tuning,
     json: str | None,
     crew: Crew | None = None,
+    say: Say = silent,
+    started_ns: int | None = None,
 ) -> str:
     """What the command does: runs every entry in this process, returns the table, writes the JSON after each run.
 
-    With several entries one that fails is a line with its reason; a single one raises. crew: as in `bench`.
+    With several entries one that fails is a line with its reason; a single one raises. crew: as in `bench`; say,
+    started_ns: as in `Startup`.
     """
+    from wanrt.pipeline.shelf import Shelf
     from wanrt.telemetry.files import write_json
 
     wanted = tuple(entries)
     found: list[BenchReport | Unmeasured] = []
-    for entry in wanted:
-        try:
-            found.append(_run_entry(flags, entry, chunks, warm_up, tuning, crew))
-        except WanrtError as error:
-            if len(wanted) == 1:
-                raise
-            found.append(Unmeasured(entry.title, str(error)))
-            log.warning("%s: %s", entry.title, error)
-        if json is not None:
-            runs = [{"entry": done.text, **run.document()} for done, run in zip(wanted, found, strict=False)]
-            write_json(json, {"schema": 1, "runs": runs})
+    shelf = Shelf()
+    started_ns = time.perf_counter_ns() if started_ns is None else started_ns
+    with ExitStack() as over:
+        reserve = over.enter_context(_ranks_of(wanted[:1], flags, crew, context=True))
+        for number, entry in enumerate(wanted, start=1):
+            startup = Startup(say, started_ns)
+            ahead = over.enter_context(_ranks_of(wanted[number : number + 1], flags, crew, context=False))
+            if len(wanted) > 1:
+                settled = replace(entry, topology=entry.topology or flags.get("topology"))  # type: ignore[arg-type]
+                startup.tell(f"{settled.title} ({number} of {len(wanted)})")
+            try:
+                measured = _run_entry(
+                    flags, entry, chunks, warm_up, tuning, crew, startup, shelf, reserve, ahead
+                )
+                startup.tell(_in_short(measured))
+                found.append(measured)
+            except WanrtError as error:
+                if len(wanted) == 1:
+                    raise
+                found.append(Unmeasured(entry.title, str(error)))
+                log.warning("%s: %s", entry.title, error)
+            reserve = ahead
+            if json is not None:
+                runs = [
+                    {"entry": done.text, **run.document()} for done, run in zip(wanted, found, strict=False)
+                ]
+                write_json(json, {"schema": 1, "runs": runs})
     return table(found)
+
+
+def _ranks_of(
+    entries: Sequence[Entry], flags: Mapping[str, object], crew: Crew | None, *, context: bool
+) -> Reserve:
+    """The rank processes of an entry, if there is one and it can be, on their way. context: see `reserve_for`."""
+    from wanrt.parallel.reserve import Reserve
+    from wanrt.pipeline.ranks import reserve_for
+
+    with suppress(WanrtError):  # said when its turn comes
+        for entry in entries:
+            return reserve_for(job_of(flags, entry), crew, context=context)
+    return Reserve()
 
 
 def _run_entry(
@@ -331,14 +411,36 @@ def _run_entry(
     warm_up: int,
     tuning: Tuning,
     crew: Crew | None,
+    startup: Startup,
+    shelf: Shelf,
+    reserve: Reserve,
+    ahead: Reserve,
 ) -> BenchReport:
     if not entry.p2p and "NCCL_P2P_DISABLE" not in os.environ:
         raise UsageError("no-p2p: NCCL is told before a process starts; set NCCL_P2P_DISABLE=1 for this one")
     job = job_of(flags, entry)
     if entry.compile is not None:
         tuning = replace(tuning, compile=entry.compile)
-    measured = bench(job, chunks=chunks, warm_up=warm_up, tuning=tuning, crew=crew)
+    measured = bench(
+        job,
+        chunks=chunks,
+        warm_up=warm_up,
+        tuning=tuning,
+        crew=crew,
+        startup=startup,
+        shelf=shelf,
+        reserve=reserve,
+        ahead=ahead,
+    )
     return replace(measured, name=entry.name or _name(measured.name, entry))
+
+
+def _in_short(run: BenchReport) -> str:
+    """A measured entry in one line."""
+    return (
+        f"{run.name}: {run.fps:.2f} fps, period {run.period.p50_ms:.1f} ms; "
+        f"loaded in {run.load_s:.1f} s, warm {run.warm_up_s:.1f} s later"
+    )
 
 
 def _name(name: str, entry: Entry) -> str:

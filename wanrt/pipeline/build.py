@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from wanrt.errors import UsageError
-from wanrt.pipeline.codec import Codec, LocalCodec
+from wanrt.pipeline.codec import Codec, LocalCodec, StreamingVae
 from wanrt.pipeline.context import CHUNK_LATENTS, AnchorPolicy
 from wanrt.pipeline.lanes import Lanes, lanes_for
 from wanrt.pipeline.loop import LoopSettings, Pipeline, to_rgb8
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from wanrt.models.kv_cache import KVCache
     from wanrt.models.transformer import WanTransformer
     from wanrt.parallel.crew import Crew
+    from wanrt.parallel.reserve import Reserve
     from wanrt.parallel.topology import Topology
     from wanrt.parallel.workload import Workload
     from wanrt.pipeline.envelope import MeshHandle
     from wanrt.pipeline.models import Progress, Stage0Models
+    from wanrt.pipeline.shelf import Shelf
     from wanrt.script import RenderJob
     from wanrt.weights.registry import ModelFiles
 
@@ -40,7 +42,8 @@ class Wiring:
 
     `check` raises to end the run; `progress` hears of loading; `convert` turns pixels `[1, 3, T, H, W]` in -1..1
     into what the frames' consumer wants, in the lane of display work. `crew`: ranks that torchrun started; None: this
-    process starts its own.
+    process starts its own, as far as they are not in `reserve` already. `shelf`: models that an
+    earlier run of this process may have left; used with one device.
     """
 
     recorder: Recorder
@@ -48,6 +51,8 @@ class Wiring:
     progress: Progress = lambda part, seconds: None
     convert: Callable[[torch.Tensor], Any] = to_rgb8
     crew: Crew | None = None
+    reserve: Reserve | None = None
+    shelf: Shelf | None = None
 
 
 @dataclass(frozen=True)
@@ -150,14 +155,18 @@ def build_pipeline(
     if topology.distributed:
         from wanrt.pipeline.ranks import build_ranked
 
+        if wiring.shelf is not None:
+            wiring.shelf.clear()  # ranks load their own shares
         return build_ranked(job, files, device, topology, wiring, tuning)
     from wanrt.pipeline.devices import choose_precision
-    from wanrt.pipeline.models import load_stage0, load_transformer
+    from wanrt.pipeline.shelf import Shelf
 
-    precision = choose_precision(job.precision, device)
-    models = load_stage0(job, files, device, precision, wiring.progress)
+    precision, shelf = choose_precision(job.precision, device), wiring.shelf or Shelf()
+    models = shelf.stage0(job, files, device, precision, wiring.progress)
     wiring.check()
-    transformer = load_transformer(job, files, device, precision, wiring.progress)
+    transformer = shelf.transformer(
+        job, files, device, precision, wiring.progress, compiled=tuning.compile and device.type == "cuda"
+    )
     wiring.check()
     return join(job, models, transformer, device, wiring, tuning)
 
@@ -191,22 +200,24 @@ def join_stage0(
     """Stage 0 on `device`, its mesh wherever `handle` says; `codec`: its VAE where that is split over ranks."""
     loop = loop_settings(job)
     if codec is None:
-        codec = _local_codec(job, models, device, tuning, lanes)
+        codec = local_codec(job, models.vae, device, wiring, tuning, lanes)
     window = loop.window if loop.anchors else None
     pixels = PixelStage(codec, window, wiring.recorder, wiring.check, loop.chunks, lanes)
     prompts = PromptBook(job.timeline, models.encode, wiring.recorder)
     return Pipeline(job.timeline, prompts, pixels, handle, loop, wiring.recorder, wiring.convert, lanes)
 
 
-def _local_codec(
-    job: RenderJob, models: Stage0Models, device: torch.device, tuning: Tuning, lanes: Lanes
+def local_codec(
+    job: RenderJob, vae: StreamingVae, device: torch.device, wiring: Wiring, tuning: Tuning, lanes: Lanes
 ) -> LocalCodec:
+    """The VAE of one stream on this device alone; on CUDA its calls are captured here."""
     from wanrt.pipeline.devices import choose_precision
     from wanrt.pipeline.models import streaming_vae
 
+    precision = choose_precision(job.precision, device)
     with lanes.main():
-        vae = streaming_vae(models.vae, job, choose_precision(job.precision, device), graphs=tuning.graphs)
-    return LocalCodec(vae, lanes)
+        own = streaming_vae(vae, job, precision, graphs=tuning.graphs, progress=wiring.progress)
+    return LocalCodec(own, lanes)
 
 
 def make_mesh(

@@ -17,12 +17,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from wanrt.errors import UsageError, WanrtError
+from wanrt.errors import OutputError, UsageError, WanrtError
 from wanrt.pipeline.bench import BenchReport, Unmeasured, job_of, table
 from wanrt.pipeline.build import Tuning
 from wanrt.pipeline.matrix import Entry
+from wanrt.pipeline.overheard import Overheard
+from wanrt.pipeline.startup import Say, silent
 from wanrt.telemetry.simulator import Prediction, StageCosts
 
 log = logging.getLogger("wanrt.pipeline")
@@ -36,7 +38,8 @@ class Campaign:
     """How a matrix is run.
 
     flags: options of the job. budget_s: of the whole, None for as long as it takes. json: where the results go, and
-    with `resume` where those of an earlier call are.
+    with `resume` where those of an earlier call are; beside it, with `.log` at its end, is what the processes said.
+    say: takes their lines of progress.
     """
 
     flags: Mapping[str, object]
@@ -46,6 +49,7 @@ class Campaign:
     json: str | None
     budget_s: float | None = None
     resume: bool = False
+    say: Say = silent
 
 
 def run_campaign(campaign: Campaign, entries: Iterable[Entry]) -> str:
@@ -64,17 +68,53 @@ class _Campaign:
         self._deadline = None if budget is None else time.monotonic() + budget
 
     def run(self) -> str:
+        self._begin_log()
         missing = [entry for entry in self._entries if entry.text not in self._runs]
         for _, group in groupby(missing, key=lambda entry: (entry.topology, entry.p2p)):
-            runnable = [entry for entry in group if self._possible(entry)]
-            if runnable:
-                self._run_group(runnable)
+            # torch takes seconds to import: the first process, which must do so too, is started before
+            checked = has_torch()
+            entries = [entry for entry in group if self._conceivable(entry)]
+            if checked:
+                entries = [entry for entry in entries if self._possible(entry)]
+            if entries:
+                self._run_group(entries, checked)
         self._write()
         reports = [_report(self._runs[entry.text]) for entry in self._entries]
         return "\n".join([table(reports), *self._comparisons()])
 
+    def _begin_log(self) -> None:
+        """What processes of another matrix said is not kept."""
+        path = self._log_path()
+        if path is not None and not self._how.resume:
+            path.unlink(missing_ok=True)
+
+    def _log_path(self) -> Path | None:
+        """Beside the results; None without them, or where they go to a device or a pipe."""
+        path = None if self._how.json is None else Path(self._how.json)
+        if path is None or (path.exists() and not path.is_file()):
+            return None
+        return path.with_name(f"{path.name}.log")
+
+    def _conceivable(self, entry: Entry) -> bool:
+        """Whether the model can take an entry, as far as that is known without torch, and there is time; else it is
+        listed with the reason.
+        """
+        from wanrt.pipeline.build import topology_of
+
+        try:
+            job = job_of(self._how.flags, entry)
+            if job.topology != "auto":
+                topology_of(job)
+        except WanrtError as error:
+            self._skip([entry], str(error))
+            return False
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self._skip([entry], f"the budget of {self._how.budget_s:.0f} s was used up before")
+            return False
+        return True
+
     def _possible(self, entry: Entry) -> bool:
-        """Whether an entry is worth a process; else it is listed with the reason."""
+        """Whether this machine can run an entry; else it is listed with the reason. Imports torch."""
         from wanrt.pipeline.build import settle_topology
         from wanrt.pipeline.devices import choose_device
 
@@ -87,16 +127,17 @@ class _Campaign:
         except WanrtError as error:
             self._skip([entry], str(error))
             return False
-        if self._deadline is not None and time.monotonic() > self._deadline:
-            self._skip([entry], f"the budget of {self._how.budget_s:.0f} s was used up before")
-            return False
         return True
 
-    def _run_group(self, entries: Sequence[Entry]) -> None:
-        """Entries of one topology in one process, watched until they are done or time is up."""
+    def _run_group(self, entries: Sequence[Entry], checked: bool) -> None:
+        """Entries of one topology in one process, watched until they are done or time is up.
+
+        checked: whether this machine can run them; else that is found out while the process starts.
+        """
         with tempfile.TemporaryDirectory(prefix="wanrt-bench-") as folder:
-            part, said = Path(folder, "part.json"), Path(folder, "stderr")
-            with said.open("w", encoding="utf-8") as stderr:
+            part = Path(folder, "part.json")
+            with self._open_log(folder, entries) as stderr:
+                heard = Overheard(Path(stderr.name), self._how.say)
                 process = subprocess.Popen(
                     self._command(entries, part),
                     env=os.environ | ({} if entries[0].p2p else {"NCCL_P2P_DISABLE": "1"}),
@@ -105,15 +146,44 @@ class _Campaign:
                     start_new_session=True,
                 )
                 try:
-                    in_time = self._watch(process, part)
+                    possible = entries if checked else [entry for entry in entries if self._possible(entry)]
+                    if not possible:
+                        return
+                    in_time = self._watch(process, part, heard)
+                    doing = heard.doing()
                 finally:
                     _end(process)
             self._collect(part)
-            last = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        if in_time:
-            self._skip(entries, f"its process ended with code {process.returncode}: {''.join(last)[:300]}")
-        else:
-            self._skip(entries, f"the budget of {self._how.budget_s:.0f} s was used up before it was done")
+            heard.listen()
+        self._account_for(entries, None if not in_time else process.returncode, doing, heard)
+
+    def _open_log(self, folder: str, entries: Sequence[Entry]) -> IO[str]:
+        """Where a process's stderr goes: behind what is in the log already, or nowhere lasting."""
+        path = self._log_path() or Path(folder, "stderr")
+        try:
+            file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{path}: {error.strerror}; choose another --json FILE") from error
+        file.write(f"# {','.join(entry.text for entry in entries)}\n")
+        file.flush()
+        return file
+
+    def _account_for(self, entries: Sequence[Entry], code: int | None, doing: str, heard: Overheard) -> None:
+        """Lists what a process left undone, with what it was doing last. code: None when time was up."""
+        undone = [entry for entry in entries if entry.text not in self._runs]
+        if not undone:
+            return
+        log.debug("%s: its last lines: %s", undone[0].title, " | ".join(heard.lines))
+        while_ = f" while: {doing}" if doing else ""
+        if code is not None:
+            words = heard.last_words()[:300]
+            self._skip(
+                undone, f"its process ended with code {code}{while_}" + (f": {words}" if words else "")
+            )
+            return
+        budget = f"the budget of {self._how.budget_s:.0f} s was used up"
+        self._skip(undone[:1], budget + (while_ or " before it was done"))
+        self._skip(undone[1:], f"{budget} before")
 
     def _command(self, entries: Sequence[Entry], part: Path) -> list[str]:
         how = self._how
@@ -130,13 +200,15 @@ class _Campaign:
                 command += [option, str(value)]
         return command
 
-    def _watch(self, process: subprocess.Popen[bytes], part: Path) -> bool:
-        """Takes over results as they come. False when time was up first."""
+    def _watch(self, process: subprocess.Popen[bytes], part: Path, heard: Overheard) -> bool:
+        """Takes over results and lines as they come. False when time was up first."""
         while process.poll() is None:
+            heard.listen()
             if self._deadline is not None and time.monotonic() > self._deadline:
                 return False
             self._collect(part)
             time.sleep(LOOK_S)
+        heard.listen()
         return True
 
     def _collect(self, part: Path) -> None:
@@ -224,6 +296,11 @@ class _Campaign:
                 f"predicted: {run['name']}: {run['period']['p50_ms']:.1f} ms measured; " + ", ".join(parts)
             )
         return lines
+
+
+def has_torch() -> bool:
+    """Whether this process has imported torch."""
+    return "torch" in sys.modules
 
 
 def _earlier(campaign: Campaign, entries: Iterable[Entry]) -> dict[str, dict[str, Any]]:

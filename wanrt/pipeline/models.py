@@ -37,6 +37,10 @@ Progress = Callable[[str, float | None], None]  # (part, seconds it took; None: 
 RANDOM_TOKENS = 24  # a prompt of average length, for random embeddings
 
 
+def unheard(part: str, seconds: float | None) -> None:
+    """A `Progress` that nobody listens to."""
+
+
 @dataclass(frozen=True)
 class Stage0Models:
     """What stage 0 needs. `encode` turns one prompt into `[1, L, text_dim]`."""
@@ -202,17 +206,25 @@ def hashed_embedding(dim: int, device: torch.device, prompt: str) -> torch.Tenso
     return torch.from_numpy(values).to(device)
 
 
-def streaming_vae(vae: StreamingVae, job: RenderJob, precision: Precision, *, graphs: bool) -> StreamingVae:
+def streaming_vae(
+    vae: StreamingVae, job: RenderJob, precision: Precision, *, graphs: bool, progress: Progress = unheard
+) -> StreamingVae:
     """The VAE as a stream of this size runs it: on CUDA the repacked one, its calls as graphs; else as it is."""
     from wanrt.models.vae import WanVae
 
     if not isinstance(vae, WanVae):
         return vae
-    return _graphed(_repacked(vae, precision), job.latent_size, graphs=graphs)
+    return _graphed(_repacked(vae, precision), job.latent_size, graphs, progress)
 
 
 def split_vae(
-    vae: StreamingVae, job: RenderJob, precision: Precision, group: ProcessGroup, *, graphs: bool
+    vae: StreamingVae,
+    job: RenderJob,
+    precision: Precision,
+    group: ProcessGroup,
+    *,
+    graphs: bool,
+    progress: Progress = unheard,
 ) -> SplitVae:
     """This rank's band of a VAE split over `group`, run as `streaming_vae` would; ranks must call it together."""
     from wanrt.models.vae import WanVae
@@ -227,7 +239,7 @@ def split_vae(
     log.info(
         "VAE part %d: %d of %d latent %s", band.index, band.lengths[band.index], band.bounds[-1], band.axis
     )
-    return SplitVae(_graphed(fast, band.size(*job.latent_size), graphs=graphs), band, neighbours)
+    return SplitVae(_graphed(fast, band.size(*job.latent_size), graphs, progress), band, neighbours)
 
 
 def _repacked(vae: WanVae, precision: Precision) -> WanVae | FastVae:
@@ -245,7 +257,7 @@ def _repacked(vae: WanVae, precision: Precision) -> WanVae | FastVae:
 
 
 def _graphed(
-    vae: WanVae | FastVae, latent_size: tuple[int, int], *, graphs: bool
+    vae: WanVae | FastVae, latent_size: tuple[int, int], graphs: bool, progress: Progress
 ) -> WanVae | FastVae | GraphedVae:
     from wanrt.models.vae_fast import FastVae
     from wanrt.models.vae_graph import GraphedVae
@@ -253,7 +265,8 @@ def _graphed(
     if not graphs or not isinstance(vae, FastVae):
         return vae
     height, width = latent_size
-    return GraphedVae(vae, width=8 * width, height=8 * height)
+    with timed(progress, "VAE graphs"):
+        return GraphedVae(vae, width=8 * width, height=8 * height)
 
 
 def compile_blocks(transformer: WanTransformer, backend: str = "inductor") -> None:

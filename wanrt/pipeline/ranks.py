@@ -3,6 +3,9 @@
 Rank r of one machine runs on device r (a CUDA device each, or a share of the CPU's cores), a rank that torchrun
 started on the device of its LOCAL_RANK. Without PP1 this process is also the mesh's first rank. All ranks load at the
 same time, each reading only its slices of the checkpoint.
+
+Where the topology is known from the start, the processes are started before this one imports torch (`reserve_for`), so
+that the imports and the devices' contexts, seconds each, are had once and not once after the other.
 """
 
 from __future__ import annotations
@@ -21,11 +24,22 @@ from typing import TYPE_CHECKING
 
 from wanrt.errors import UsageError
 from wanrt.parallel.crew import Crew, Recruit, boot
+from wanrt.parallel.reserve import Reserve
 from wanrt.parallel.team import Loading, Member, Ready, Spans, Team, answering
-from wanrt.pipeline.build import Tuning, Wiring, join_stage0, make_mesh, make_recorder, mesh_settings
-from wanrt.pipeline.codec import StreamingVae, TeamCodec, VaePart
+from wanrt.pipeline.build import (
+    Tuning,
+    Wiring,
+    join_stage0,
+    local_codec,
+    make_mesh,
+    make_recorder,
+    mesh_settings,
+    topology_of,
+)
+from wanrt.pipeline.codec import Codec, StreamingVae, TeamCodec, VaePart
 from wanrt.pipeline.lanes import Lanes, lanes_for
 from wanrt.pipeline.mesh import Mesh
+from wanrt.pipeline.models import timed
 from wanrt.pipeline.remote import STAGE0, WATCHDOG_S, Link, RankedMesh, Roles, join_group, leave_group, serve
 
 if TYPE_CHECKING:
@@ -34,10 +48,13 @@ if TYPE_CHECKING:
 
     from wanrt.parallel.topology import Rank, Topology
     from wanrt.pipeline.loop import Pipeline
+    from wanrt.pipeline.models import Stage0Models
     from wanrt.script import RenderJob
     from wanrt.weights.registry import ModelFiles
 
 log = logging.getLogger("wanrt.pipeline")
+
+COMMUNICATOR = "communicator"  # what joining the process groups is called while loading
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,38 @@ class Assignment:
         return "nccl" if self.device.startswith("cuda") else "gloo"
 
 
+def reserve_for(job: RenderJob, crew: Crew | None = None, *, context: bool = True) -> Reserve:
+    """The processes that a job will need, on their way before torch is imported here; whoever calls it closes it.
+
+    context: False leaves the devices alone, which somebody else still uses. None are started for ranks that torchrun
+    started, and for `auto`, which asks the devices first. Raises `UsageError` for a topology that the model cannot
+    take.
+    """
+    reserve = Reserve(partial(prepare, device=job.device if context else "cpu"))
+    if crew is None and job.topology != "auto":
+        reserve.fill(topology_of(job).devices - 1)
+    return reserve
+
+
+def prepare(number: int, device: str) -> None:
+    """What a rank's process does before it knows its part: imports, and the context of the CUDA device that it will
+    most likely get, that of its number.
+    """
+    from wanrt.pipeline.devices import wait_passively
+
+    wait_passively()
+    import torch
+    import torch.distributed
+
+    import wanrt.pipeline.models
+    import wanrt.weights.loading
+    import wanrt.weights.random  # noqa: F401 (with the modules that these bring)
+
+    if device != "cpu" and torch.cuda.is_available() and number < torch.cuda.device_count():
+        torch.cuda.set_device(number)
+        torch.zeros(1, device="cuda")
+
+
 def build_ranked(
     job: RenderJob,
     files: ModelFiles | None,
@@ -70,7 +119,7 @@ def build_ranked(
     wiring: Wiring,
     tuning: Tuning,
 ) -> Pipeline:
-    """Starts the ranks, loads stage 0 meanwhile, and joins the two.
+    """Gives the ranks their parts, loads stage 0 meanwhile, and joins the two.
 
     Raises `UsageError` for more ranks than devices, `RunError` naming the rank that failed.
     """
@@ -87,7 +136,8 @@ def build_ranked(
     ]  # fmt: skip
     team = Team(_Listener(wiring).heard)
     with _undone(team, partial(shutil.rmtree, folder, ignore_errors=True)) as cleanup:
-        team.start([Member(plan.name, plan.device, plan) for plan in plans[1:]], work)
+        reserve = wiring.reserve or Reserve(partial(prepare, device=str(device)))
+        team.start([Member(plan.name, plan.device, plan) for plan in plans[1:]], work, reserve)
         return _join(plans[STAGE0], device, team, wiring, cleanup)
 
 
@@ -120,18 +170,12 @@ def _build_joined(
         for name, recruit in names.items()
     }
     team = Team(_Listener(wiring, offsets).heard)
-
-    def check() -> None:
-        # first: when a rank dies, torchrun ends the others by a signal, which is not the cause
-        team.check()
-        wiring.check()
-
     with _undone(team, crew.close_stores) as cleanup:
         team.join(
             (Member(plan.name, plan.device + places[plan.name], plan), names[plan.name].connection)
             for plan in plans[1:]
         )
-        return _join(plans[STAGE0], device, team, replace(wiring, check=check), cleanup)
+        return _join(plans[STAGE0], device, team, wiring, cleanup)
 
 
 @contextmanager
@@ -195,22 +239,29 @@ class _Listener:
 def _join(
     plan: Assignment, device: torch.device, team: Team, wiring: Wiring, cleanup: Callable[[], None]
 ) -> Pipeline:
-    from wanrt.pipeline.devices import choose_precision, set_threads
-    from wanrt.pipeline.models import load_stage0
+    from wanrt.pipeline.devices import set_threads
+
+    def check() -> None:
+        # first: when a rank dies, torchrun ends the others by a signal, which is not the cause
+        team.check()
+        outer.check()
 
     set_threads(device, plan.topology.devices)
-    with answering(team, "the ranks did not meet"):
-        groups = _enter(plan, device)
+    outer, wiring = wiring, replace(wiring, check=check)
     lanes = _lanes(plan, device)
-    precision = choose_precision(plan.job.precision, device)
-    models = load_stage0(plan.job, plan.files, device, precision, wiring.progress)
-    team.check()
+    # On a device of its own stage 0 loads beside the mesh, which must not wait for it. On the mesh's first device it
+    # loads while the other processes may still be importing: its own work is the same whenever it is done.
+    early = None if plan.topology.pp1 else _load_stage0(plan, device, wiring, lanes)
+    groups = _meet(plan, device, team, wiring)
+    models, codec = early or _load_stage0(plan, device, wiring, lanes)
     with answering(team, "warm-up broke off"):
         # in every rank's order, the mesh first: capturing graphs is a joint effort
         local = None if groups.mesh is None else _mesh_part(plan, groups.mesh, device, wiring, lanes)
-        part = None if groups.vae is None else _vae_part(plan, groups.vae, models.vae, device, lanes)
-        team.wait_ready(wiring.check)
-    codec = None if part is None else TeamCodec(team, part, _names(plan, lambda rank: rank.vae is not None))
+        part = None if groups.vae is None else _vae_part(plan, groups.vae, models.vae, device, wiring, lanes)
+        with timed(wiring.progress, "other ranks"):
+            team.wait_ready(wiring.check)
+    if part is not None:
+        codec = TeamCodec(team, part, _names(plan, lambda rank: rank.vae is not None))
     handle = RankedMesh(
         team,
         _link(plan, device, groups),
@@ -220,6 +271,29 @@ def _join(
         cleanup=cleanup,
     )
     return join_stage0(plan.job, models, handle, device, wiring, plan.tuning, lanes, codec)
+
+
+def _load_stage0(
+    plan: Assignment, device: torch.device, wiring: Wiring, lanes: Lanes
+) -> tuple[Stage0Models, Codec | None]:
+    """Stage 0's models, and its VAE as this device alone runs it; None where the VAE is split."""
+    from wanrt.pipeline.devices import choose_precision
+    from wanrt.pipeline.models import load_stage0
+
+    precision = choose_precision(plan.job.precision, device)
+    models = load_stage0(plan.job, plan.files, device, precision, wiring.progress)
+    wiring.check()
+    if plan.topology.vae > 1:
+        return models, None
+    return models, local_codec(plan.job, models.vae, device, wiring, plan.tuning, lanes)
+
+
+def _meet(plan: Assignment, device: torch.device, team: Team, wiring: Wiring) -> Groups:
+    """Waits for the processes, gives them their assignments, and joins the groups with them."""
+    with timed(wiring.progress, "rank processes"):
+        team.assign(wiring.check)
+    with answering(team, "the ranks did not meet"), timed(wiring.progress, COMMUNICATOR):
+        return _enter(plan, device)
 
 
 def work(pipe: Connection, plan: Assignment) -> None:
@@ -233,12 +307,13 @@ def work(pipe: Connection, plan: Assignment) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     log.info("%s, %d threads", device, set_threads(device, plan.topology.devices))
-    groups = _enter(plan, device)
-    recorder = make_recorder(plan.job, device, plan.started_ns, plan.name)
 
     def progress(part: str, seconds: float | None) -> None:
         pipe.send(Loading(part, seconds))
 
+    with timed(progress, COMMUNICATOR):
+        groups = _enter(plan, device)
+    recorder = make_recorder(plan.job, device, plan.started_ns, plan.name)
     lanes = _lanes(plan, device)
     roles = _take_roles(plan, groups, device, Wiring(recorder, progress=progress), lanes)
     pipe.send(Ready())
@@ -317,7 +392,7 @@ def _take_roles(
     if groups.vae is not None:
         precision = choose_precision(plan.job.precision, device)
         vae = load_streaming_vae(plan.job, plan.files, device, precision, wiring.progress)
-        part = _vae_part(plan, groups.vae, vae, device, lanes)
+        part = _vae_part(plan, groups.vae, vae, device, wiring, lanes)
     # the mesh's first rank sends latents up, if it is not stage 0 itself
     return Roles(mesh, part, answers=plan.topology.pp1 and plan.rank == plan.topology.stage0_devices)
 
@@ -340,14 +415,19 @@ def _mesh_part(
 
 
 def _vae_part(
-    plan: Assignment, group: ProcessGroup, vae: StreamingVae, device: torch.device, lanes: Lanes
+    plan: Assignment,
+    group: ProcessGroup,
+    vae: StreamingVae,
+    device: torch.device,
+    wiring: Wiring,
+    lanes: Lanes,
 ) -> VaePart:
     from wanrt.pipeline.devices import choose_precision
     from wanrt.pipeline.models import split_vae
 
     precision = choose_precision(plan.job.precision, device)
     with lanes.main():
-        band = split_vae(vae, plan.job, precision, group, graphs=plan.tuning.graphs)
+        band = split_vae(vae, plan.job, precision, group, graphs=plan.tuning.graphs, progress=wiring.progress)
     b, c, _, h, w = mesh_settings(plan.job).shape
     return VaePart(band, group, (b, c, 1, h, w), device, lanes)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanrt.errors import OutputError, RunError, WanrtError
+from wanrt.parallel.team import LIBRARY
 from wanrt.pipeline.cancel import Cancel, CancelledError
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from wanrt.telemetry import Recorder
 
 log = logging.getLogger("wanrt.pipeline")
-
-LIBRARY = "PyTorch"  # the first thing that is loaded, and on most machines the slowest
 
 
 class Run(ABC):
@@ -59,7 +58,7 @@ class Run(ABC):
     def go(self) -> None:
         """Loads, makes, finishes, writes the measurements."""
         try:
-            with one_line_errors():
+            with one_line_errors(), ExitStack() as self._until_over:
                 self._settle()
                 self._make()
         except CancelledError as ended:
@@ -82,6 +81,9 @@ class Run(ABC):
             from wanrt.pipeline.build import find_files, settle_topology
 
             self._files = find_files(self._job)
+            from wanrt.pipeline.ranks import reserve_for
+
+            self._reserve = self._until_over.enter_context(reserve_for(self._job, self._crew))
             self._device = choose_device(self._job.device)
         world = None if self._crew is None else self._crew.world
         self._job = settle_topology(self._job, self._device, world)
@@ -97,7 +99,7 @@ class Run(ABC):
         sink = self._open_sink(recorder)
         try:
             convert = converter(sink.spec, sink.pixel_format, device)
-            wiring = Wiring(recorder, self._check, self._monitor.load, convert, self._crew)
+            wiring = Wiring(recorder, self._check, self._monitor.load, convert, self._crew, self._reserve)
             self._pipeline = pipeline = build_pipeline(job, self._files, device, wiring)
             self._monitor.watch(recorder, lambda snapshot: self._numbers(snapshot, sink))
             self._pump(pipeline, sink)

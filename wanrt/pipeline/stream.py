@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanrt.errors import UsageError
+from wanrt.parallel.team import LIBRARY
 from wanrt.pipeline.cancel import Cancel, StoppedError
-from wanrt.pipeline.run import LIBRARY, Run, metadata
+from wanrt.pipeline.run import Run, metadata
 from wanrt.pipeline.signals import ending_on_signals
 
 if TYPE_CHECKING:
