@@ -9,6 +9,7 @@ Layout: channels last. T frames behind two older ones, C channels in, O out.
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from wanrt_kernels import nvrtc
 
+# Off until it has proved itself: in a kernel that waits for the copy engine a mistake is a device that hangs.
+SWITCH = "WANRT_HOPPER_CONV"
 ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
 TYPES = {torch.float16: ("f16", 6), torch.bfloat16: ("bf16", 9)}  # PTX's name, CUtensorMapDataType
 CHUNK, TILE_HEIGHT, THREADS = 32, 8, 384  # channels of a step, rows of a tile, threads of a block
@@ -120,6 +123,14 @@ def choose(options: tuple[ConvConfig, ...], clip: tuple[int, int, int], processo
 
 def why_not(device: torch.device, channels: int, outputs: int, dtype: torch.dtype) -> str | None:
     """Why this kernel is not for a convolution, in a few words; None: it is."""
+    reason = unsupported(device, channels, outputs, dtype)
+    if reason is None and os.environ.get(SWITCH, "0") in ("", "0"):
+        return f"wanrt's own kernel is switched on by {SWITCH}=1"
+    return reason
+
+
+def unsupported(device: torch.device, channels: int, outputs: int, dtype: torch.dtype) -> str | None:
+    """Why this kernel cannot run a convolution, in a few words; None: it can."""
     if device.type != "cuda":
         return f"{device} is not a CUDA device"
     if torch.cuda.get_device_capability(device) != CAPABILITY:
@@ -140,7 +151,7 @@ def conv_window(window: Tensor, weight: Tensor) -> Tensor:
     """Convolve [T + 2, H, W, C] with [O, 27 C] to [T, H, W, O]: valid in time, zeros around the picture.
 
     Args:
-        window: contiguous, fp16 or bf16, on a device for which `why_not` has nothing to say.
+        window: contiguous, fp16 or bf16, on a device for which `unsupported` has nothing to say.
         weight: contiguous, in the window's dtype; 27 taps (time, row, column) of C channels for each output.
 
     Returns:
@@ -183,7 +194,7 @@ def _check(window: Tensor, weight: Tensor) -> None:
         raise ValueError(
             f"window: got shape {tuple(window.shape)}, strides {window.stride()}; expected contiguous [T + 2, H, W, C]"
         )
-    reason = why_not(window.device, window.shape[3], weight.shape[0], window.dtype)
+    reason = unsupported(window.device, window.shape[3], weight.shape[0], window.dtype)
     if reason is not None:
         raise ValueError(f"conv_window: {reason}; use conv_window_ref")
     if (

@@ -112,7 +112,8 @@ def test_exit_codes():
 
 
 def test_environment_variables():
-    source = "\n".join(path.read_text() for path in (ROOT / "wanrt").rglob("*.py"))
+    paths = [path for folder in ("wanrt", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    source = "\n".join(path.read_text() for path in paths)
     ours = set(re.findall(r'"(WANRT_[A-Z_]+)"', source))
     documented = set(tags("wanrt.1", "ENVIRONMENT"))
     assert {name for name in documented if name.startswith("WANRT_")} == ours

@@ -20,6 +20,7 @@ from wanrt_kernels.conv_window import (
     conv_window_ref,
     forms,
     launch,
+    unsupported,
     why_not,
 )
 
@@ -66,6 +67,20 @@ def test_other_sizes_have_no_form():
     assert "not a CUDA device" in why_not(torch.device("cpu"), 96, 96, torch.float16)
     with pytest.raises(ValueError, match="not a CUDA device; use conv_window_ref"):
         conv_window(draw(3, 4, 4, 96), draw(96, 27 * 96))
+
+
+def test_it_is_switched_on_by_name(monkeypatch):
+    from wanrt_kernels import conv_window as module
+
+    monkeypatch.setattr(module, "unsupported", lambda *sizes: None)
+    about = (torch.device("cuda", 0), 96, 96, torch.float16)
+    for value in (None, "", "0"):
+        monkeypatch.delenv("WANRT_HOPPER_CONV", raising=False)
+        if value is not None:
+            monkeypatch.setenv("WANRT_HOPPER_CONV", value)
+        assert why_not(*about) == "wanrt's own kernel is switched on by WANRT_HOPPER_CONV=1"
+    monkeypatch.setenv("WANRT_HOPPER_CONV", "1")
+    assert why_not(*about) is None
 
 
 def tile(form):
@@ -126,7 +141,7 @@ def error(got, want):
 @pytest.mark.parametrize("clip", [(1, 5, 7), (2, 40, 72), (3, 33, 50), (1, 40, 288)])
 @pytest.mark.parametrize(("channels", "outputs"), SHAPES)
 def test_as_exact_as_cudnn(channels, outputs, clip, dtype):
-    reason = why_not(torch.device("cuda", 0), channels, outputs, dtype)
+    reason = unsupported(torch.device("cuda", 0), channels, outputs, dtype)
     if reason is not None:
         pytest.skip(reason)
     frames, height, width = clip
@@ -143,7 +158,7 @@ def test_as_exact_as_cudnn(channels, outputs, clip, dtype):
 
 @pytest.mark.gpu
 def test_inside_a_cuda_graph():
-    if why_not(torch.device("cuda", 0), 96, 96, torch.float16) is not None:
+    if unsupported(torch.device("cuda", 0), 96, 96, torch.float16) is not None:
         pytest.skip("not a Hopper GPU")
     window = draw(6, 32, 48, 96, device="cuda", dtype=torch.float16)
     weight = draw(96, 27 * 96, device="cuda", dtype=torch.float16, scale=0.02)

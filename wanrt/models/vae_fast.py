@@ -5,7 +5,7 @@
 - A causal 3x3x3 convolution with T frames and two remembered ones is a 3-D convolution without padding in time, or
   for T = 1 a 2-D convolution over the three frames stacked as channels. `wanrt_kernels.norm_stack` writes its input
   while it finishes the previous layer (bias, skip connection, RMSNorm, SiLU) and updates the stream's state in
-  place. On Hopper `wanrt_kernels.conv_window` does the rest, for T = 1 too, elsewhere cuDNN in channels-last.
+  place. cuDNN does the rest in channels-last, or on Hopper, if told to, `wanrt_kernels.conv_window`, for T = 1 too.
 - Nearest upsampling followed by a 3x3 convolution reads each input pixel up to nine times through four phases.
   Summing the taps that meet the same pixel gives four 2x2 kernels: one convolution with 4 C outputs on the small
   picture, 4/9 of the arithmetic; `norm_stack` reads its output in picture order.
