@@ -196,10 +196,9 @@ def test_real_file_through_the_queue(tmp_path, decode, movie, psnr):
     assert psnr(decode(sink.finish()).frames, frames) >= 40
 
 
-def test_encoding_lets_python_run(tmp_path, rng):
-    """PyAV gives up the interpreter lock while it encodes: a busy producer keeps most of its pace."""
-    spec = VideoSpec(640, 352, Fraction(16))
-    sink = QueuedSink(open_sink(tmp_path / "a.mp4", spec, quality=100, threads=1), capacity=96)
+def encode_and_watch(path, rng):
+    """(longest pause of this thread, seconds of encoding) while another thread encodes 24 frames."""
+    sink = QueuedSink(open_sink(path, VideoSpec(640, 352, Fraction(16)), quality=100, threads=1), capacity=96)
     longest = last = 0.0
     sink.write(rng.integers(0, 256, (24, 352, 640, 3), dtype=np.uint8))
     last = time.monotonic()
@@ -209,4 +208,12 @@ def test_encoding_lets_python_run(tmp_path, rng):
         longest, last = max(longest, now - last), now
     busy = sink.state.busy
     sink.abort()
-    assert longest < busy / 3, f"a pause of {longest:.3f} s in {busy:.3f} s of encoding"
+    return longest, busy
+
+
+def test_encoding_lets_python_run(tmp_path, rng):
+    """PyAV gives up the interpreter lock while it encodes. If it held it, every try would have its long pause; a
+    machine that others share has one now and then.
+    """
+    tries = [encode_and_watch(tmp_path / f"{i}.mp4", rng) for i in range(3)]
+    assert any(longest < busy / 3 for longest, busy in tries), tries
