@@ -6,7 +6,8 @@ from fractions import Fraction
 import pytest
 
 from wanrt.errors import RunError, UsageError
-from wanrt.pipeline.bench import BenchReport, bench, by_chunk, report, run_bench, table
+from wanrt.pipeline.bench import bench, run_bench
+from wanrt.pipeline.bench_report import BenchReport, by_chunk, report, table
 from wanrt.pipeline.build import Tuning
 from wanrt.pipeline.matrix import SEED_MATRIX, Entry, entries_of
 from wanrt.pipeline.startup import Startup

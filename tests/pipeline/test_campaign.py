@@ -10,7 +10,7 @@ import pytest
 
 from wanrt.errors import UsageError
 from wanrt.pipeline import campaign
-from wanrt.pipeline.bench import report
+from wanrt.pipeline.bench_report import report
 from wanrt.pipeline.build import Tuning
 from wanrt.pipeline.campaign import Campaign, run_campaign
 from wanrt.pipeline.matrix import MATRICES, Entry, entries_of

@@ -10,7 +10,7 @@ import torch
 from wanrt.cli import app
 from wanrt.errors import RunError, UsageError
 from wanrt.models.vae import VaeConfig
-from wanrt.pipeline.bench import Timing, Unmeasured
+from wanrt.pipeline.bench_report import Timing, Unmeasured
 from wanrt.pipeline.devices import choose_precision
 from wanrt.probes import vae_entrants, vae_race
 from wanrt.probes.vae_entrants import CALLS, Course, UnavailableError, diffusers_twin, fastvae_entrant

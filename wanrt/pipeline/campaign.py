@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from wanrt.errors import OutputError, UsageError, WanrtError
-from wanrt.pipeline.bench import BenchReport, Unmeasured, job_of, table
+from wanrt.pipeline.bench import job_of
+from wanrt.pipeline.bench_report import BenchReport, Unmeasured, table
 from wanrt.pipeline.build import Tuning
 from wanrt.pipeline.matrix import Entry
 from wanrt.pipeline.overheard import Overheard

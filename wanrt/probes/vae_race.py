@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanrt.errors import UsageError
-from wanrt.pipeline.bench import Timing, Unmeasured, job_of
+from wanrt.pipeline.bench import job_of
+from wanrt.pipeline.bench_report import Timing, Unmeasured
 from wanrt.pipeline.matrix import Entry
 from wanrt.probes.vae_race_report import OURS, Race, RaceRun
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from wanrt.pipeline.bench import Timing, Unmeasured
+from wanrt.pipeline.bench_report import Timing, Unmeasured
 
 PACKAGES = ("torch", "triton", "diffusers", "fastvae")
 OURS = "wanrt"
