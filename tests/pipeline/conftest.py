@@ -176,3 +176,14 @@ def naive_video(fakes):
         return [vae_type().encode_frame(last_frame), *recent]
 
     return video
+
+
+@pytest.fixture(scope="session")
+def smaller_preset():
+    """wan-tiny with a transformer and a VAE that load and run in no time, for random weights."""
+    from wanrt.script import load_preset
+
+    preset = load_preset("wan-tiny")
+    transformer = preset.transformer.model_copy(update={"dim": 96, "ffn_dim": 192, "num_layers": 2})
+    vae = preset.vae.model_copy(update={"base_dim": 8, "num_res_blocks": 1})
+    return preset.model_copy(update={"transformer": transformer, "vae": vae})

@@ -17,7 +17,7 @@ from wanrt.pipeline import ranks, render
 from wanrt.pipeline.build import Wiring, build_pipeline, settle_topology, topology_of
 from wanrt.pipeline.cancel import Cancel, CancelledError
 from wanrt.pipeline.loop import to_rgb8
-from wanrt.script import Curve, RenderJob, Scene, Timeline, load_preset
+from wanrt.script import Curve, RenderJob, Scene, Timeline
 from wanrt.telemetry import Recorder
 
 CPU = torch.device("cpu")
@@ -42,11 +42,8 @@ class Acting:
 
 
 @pytest.fixture(scope="module")
-def job():
-    preset = load_preset("wan-tiny")
-    transformer = preset.transformer.model_copy(update={"dim": 96, "ffn_dim": 192, "num_layers": 2})
-    vae = preset.vae.model_copy(update={"base_dim": 8, "num_res_blocks": 1})
-    preset = preset.model_copy(update={"transformer": transformer, "vae": vae})
+def job(smaller_preset):
+    preset = smaller_preset
     scenes = (Scene((("a ball", 1.0),), 0, 0), Scene((("a star", 1.0),), 21, 2, Fraction(12), Curve.LERP))
     return RenderJob(
         preset=preset, timeline=Timeline(scenes), seed=3, width=64, height=64, fps=Fraction(16), frames=45,

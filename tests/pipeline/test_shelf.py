@@ -12,18 +12,15 @@ from wanrt.pipeline.devices import choose_precision
 from wanrt.pipeline.matrix import entries_of
 from wanrt.pipeline.models import unheard
 from wanrt.pipeline.shelf import Shelf
-from wanrt.script import RenderJob, Timeline, load_preset
+from wanrt.script import RenderJob, Timeline
 from wanrt.telemetry import Recorder
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def job():
-    preset = load_preset("wan-tiny")
-    transformer = preset.transformer.model_copy(update={"dim": 96, "ffn_dim": 192, "num_layers": 2})
-    vae = preset.vae.model_copy(update={"base_dim": 8, "num_res_blocks": 1})
-    preset = preset.model_copy(update={"transformer": transformer, "vae": vae})
+def job(smaller_preset):
+    preset = smaller_preset
     return RenderJob(
         preset=preset, timeline=Timeline.of("a ball"), seed=3, width=64, height=48, fps=Fraction(16), frames=45,
         steps=preset.steps, window=3, bias=0.5, anchor="anchor-only", random_weights=True, device="cpu",
