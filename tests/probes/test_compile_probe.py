@@ -1,6 +1,7 @@
 """`probe-compile` on a transformer of a few thousand parameters: breaks, recompilations, bytes, times, files."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -52,8 +53,13 @@ def subject(make_subject):
 
 
 @pytest.fixture(scope="module")
-def report(subject):
-    return probe(subject)
+def told():
+    return []
+
+
+@pytest.fixture(scope="module")
+def report(subject, told):
+    return probe(subject, told.append)
 
 
 @pytest.fixture
@@ -173,6 +179,30 @@ def test_annotations_of_the_gpu_timeline_are_no_kernels():
         ("triton_poi_fused_add_0", Work.ELEMENTWISE, 1),
     ]
     assert [k.ms for k in found] == pytest.approx([0.1, 0.02])
+
+
+def test_every_part_is_told_before_it_begins(report, told):
+    measured = [
+        f"{variant}: {name}, {part}"
+        for variant, first in (("plain eager", "first run"), ("plain compiled", "compiling"))
+        for name in ("context", "denoise")
+        for part in (first, "timing")
+    ]
+    assert told == [
+        "device ceilings",
+        *(f"graph breaks: {t.name}" for t in report.tracing),
+        "bytes between products: plain",
+        *measured,
+        *(f"recompilations: {event.name}" for event in report.events),
+        "device ceilings again",
+    ]
+
+
+def test_the_profiler_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = measure_pass("sum", lambda: torch.ones(8).sum(), CPU, rounds=2)
+    assert found.kernels
 
 
 def test_the_transformer_traces_whole_and_stays_compiled(report):

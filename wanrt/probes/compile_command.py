@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from wanrt.errors import UsageError
+from wanrt.panel import make_observer
 from wanrt.pipeline.devices import choose_device, choose_precision, set_threads
 from wanrt.pipeline.run import one_line_errors
+from wanrt.pipeline.startup import Startup
 from wanrt.probes.compile_compare import compare
 from wanrt.probes.compile_document import check_comparable, document, read
 from wanrt.probes.tables import console
@@ -53,7 +53,9 @@ def _probe(request: Request) -> None:
         check_measurement(request.json)
     device = choose_device(request.device)
     set_threads(device)
-    with one_line_errors(), Console(stderr=True).status("model") as status:
+    talk = Startup(make_observer("plain").log)
+    with one_line_errors():
+        talk.tell("model")
         subject = open_subject(
             preset,
             size=size,
@@ -63,7 +65,7 @@ def _probe(request: Request) -> None:
             backend=request.backend,
             seed=request.seed,
         )
-        report = probe(subject, status.update)
+        report = probe(subject, talk.tell)
     if request.json is not None:
         write_json(request.json, document(report))
     console().print(render(report))

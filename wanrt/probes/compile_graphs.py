@@ -91,17 +91,26 @@ def _short(file: str) -> str:
     return file
 
 
-def trace_passes(subject: CompileSubject) -> tuple[Tracing, ...]:
-    """Every pass of a steady chunk traced whole, the denoising step with attention bias too; timesteps apart."""
+def trace_passes(
+    subject: CompileSubject, report: Callable[[str], None] = lambda _name: None
+) -> tuple[Tracing, ...]:
+    """Every pass of a steady chunk traced whole, the denoising step with attention bias too; timesteps apart. `report`
+    hears each one's name before it.
+    """
+
+    def traced(name: str, call: Callable[..., Any], *args: Any) -> Tracing:
+        report(name)
+        return trace(name, call, *args)
+
     bias = torch.tensor(-1.0, device=subject.device)
     timesteps, time = torch.zeros(1, 1, device=subject.device), subject.time(0.0)
-    found = [trace("time embedding", subject.model.embed_time, timesteps)]
+    found = [traced("time embedding", subject.model.embed_time, timesteps)]
     for name, plan in subject.plans().items():
         latents = subject.latents[:, :, :1].expand(-1, -1, plan.frames, -1, -1)
         args = latents, time, subject.text, subject.cache, plan
-        found.append(trace(name, subject.model.run, *args))
+        found.append(traced(name, subject.model.run, *args))
         if name == "denoise":
-            found.append(trace("denoise, biased", subject.model.run, *args, bias))
+            found.append(traced("denoise, biased", subject.model.run, *args, bias))
     return tuple(found)
 
 

@@ -138,12 +138,14 @@ def probe(subject: CompileSubject, progress: Callable[[str], None] = lambda _wha
     device, dtype = subject.device, subject.model.dtype
     progress("device ceilings")
     ceilings = measure_roofline(device, dtype)
-    progress("graph breaks")
-    tracing = trace_passes(subject)
-    progress("bytes between products")
-    traffic = {path: _traffic(subject, path) for path in dict.fromkeys(v.path for v in subject.variants())}
+    tracing = trace_passes(subject, lambda name: progress(f"graph breaks: {name}"))
+    traffic = {}
+    for path in dict.fromkeys(v.path for v in subject.variants()):
+        progress(f"bytes between products: {path}")
+        traffic[path] = _traffic(subject, path)
     runs = tuple(_measure(subject, variant, progress) for variant in subject.variants())
     events = follow(subject, lambda name: progress(f"recompilations: {name}"))
+    progress("device ceilings again")
     return CompileReport(
         version=__version__,
         device=device_name(device),
@@ -196,10 +198,10 @@ def _measure(subject: CompileSubject, variant: Variant, progress: Callable[[str]
     with subject.arranged(variant), torch.inference_mode():
         for name, plan in subject.plans().items():
             run = subject.runner(plan)
-            progress(f"{variant.name}: {name}, first run")
+            progress(f"{variant.name}: {name}, {'compiling' if variant.compiled else 'first run'}")
             for _ in range(WARM_UP):
                 run()
-            progress(f"{variant.name}: {name}")
+            progress(f"{variant.name}: {name}, timing")
             rounds = ROUNDS[subject.device.type]
             passes.append(measure_pass(name, run, subject.device, rounds=rounds))
     return VariantTime(variant, tuple(passes))

@@ -20,6 +20,10 @@ SYNCS = (
     "Stream Sync",
     "Stream Wait Event",
 )  # waits that CUPTI lists among kernels
+PROFILED = {
+    "cuda": 2,
+    "cpu": 5,
+}  # rounds; on CUDA each starts and stops CUPTI, and a kernel's time varies little
 TOP_KERNELS = 24  # in the JSON; the rest is in the sums
 
 
@@ -72,16 +76,17 @@ class PassTime:
 
 
 def measure_pass(name: str, run: Callable[[], Any], device: torch.device, *, rounds: int) -> PassTime:
-    """Time `run` by the clock and by the profiler, in turns; of each the best round, since a busy machine is only
-    ever slower. `run` is warm already: compiled, its libraries' kernels chosen.
+    """Time `run` by the clock and, in the first `PROFILED` rounds, by the profiler, in turns; of each the best round,
+    since a busy machine is only ever slower. `run` is warm already: compiled, its libraries' kernels chosen.
     """
     together = 4 if device.type == "cuda" else 1
     walls, hosts, profiles = [], [], []
-    for _ in range(rounds):
+    for index in range(rounds):
         wall, host = _clock(run, device, together)
         walls.append(wall)
         hosts.append(host)
-        profiles.append(_profiled(run, device))
+        if index < PROFILED[device.type]:
+            profiles.append(_profiled(run, device))
     kernels = min(profiles, key=lambda found: sum(kernel.ms for kernel in found))
     host_ms = min(hosts) if device.type == "cuda" else None
     return PassTime(name, min(walls), host_ms, by_class(kernels), kernels[:TOP_KERNELS])
@@ -109,7 +114,8 @@ def _profiled(run: Callable[[], Any], device: torch.device) -> tuple[Kernel, ...
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     synchronise(device)
-    with profile(activities=activities) as profiler:
+    # acc_events: keep the one cycle's events; without it, torch warns that it drops those of earlier ones
+    with profile(activities=activities, acc_events=True) as profiler:
         run()
         synchronise(device)
     return (gpu_kernels if on_gpu else cpu_kernels)(profiler.events() or ())
