@@ -48,7 +48,6 @@ class ConvConfig:
         pixels: of a block's tile, 128 or 256; 8 high.
         columns: outputs of a tile.
         kind: "f16" or "bf16".
-        cluster: blocks that fetch their weights together, 1 or 2.
     """
 
     channels: int
@@ -56,7 +55,6 @@ class ConvConfig:
     pixels: int
     columns: int
     kind: str
-    cluster: int = 1
 
     @property
     def tile_width(self) -> int:
@@ -70,16 +68,15 @@ class ConvConfig:
         return (SHARED_BYTES - SLACK_BYTES) // step
 
     def turns(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(turns that clusters of blocks take, tiles across, tiles down)."""
+        """(tiles, which blocks take in turn, tiles across, tiles down)."""
         across, down = -(-width // self.tile_width), -(-height // TILE_HEIGHT)
-        together = -(-across * down * frames // self.cluster)
-        return together * (self.outputs // self.columns), across, down
+        return across * down * frames * (self.outputs // self.columns), across, down
 
     def source(self) -> str:
         """The kernel's CUDA C++ with this form's numbers in front."""
         numbers = {
             "CHANNELS": self.channels, "OUTPUTS": self.outputs, "BM": self.pixels, "BN": self.columns,
-            "STAGES": self.stages, "CLUSTER": self.cluster, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
+            "STAGES": self.stages, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
         }  # fmt: skip
         defines = "".join(f"#define {name} {value}\n" for name, value in numbers.items())
         kernel = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
@@ -115,7 +112,7 @@ def choose(options: tuple[ConvConfig, ...], clip: tuple[int, int, int], processo
     """
 
     def cost(form: ConvConfig) -> float:
-        waves = -(-form.turns(*clip)[0] // (processors // form.cluster))
+        waves = -(-form.turns(*clip)[0] // processors)
         return waves * form.pixels * form.columns * TILES[form.pixels, form.columns]
 
     return min(options, key=cost)
@@ -180,12 +177,11 @@ def launch(window: Tensor, weight: Tensor, form: ConvConfig) -> Tensor:
         arguments = (
             # column after column: a column of pixels is a group of matrix rows
             tensor_map(window.transpose(1, 2), (CHUNK, TILE_HEIGHT, form.tile_width + 2, 1), code),
-            tensor_map(weight, (CHUNK, form.columns // form.cluster), code),
+            tensor_map(weight, (CHUNK, form.columns), code),
             ctypes.c_void_p(out.data_ptr()),
-            *(ctypes.c_int(value) for value in (turns, across, down, *clip)),
+            *(ctypes.c_int(value) for value in (turns, across, down, height, width)),
         )
-        blocks = min(turns, processors // form.cluster) * form.cluster
-        _function(form, window.device.index)(blocks, THREADS, arguments)
+        _function(form, window.device.index)(min(turns, processors), THREADS, arguments)
     return out
 
 

@@ -1,7 +1,6 @@
 """The Hopper convolution: its forms and source here, its numbers on a GPU."""
 
 import ctypes
-from dataclasses import replace
 
 import pytest
 import torch
@@ -30,11 +29,6 @@ SHAPES = [(96, 96), (192, 192), (192, 384), (384, 384), (384, 192)]  # of the Wa
 def draw(*shape, device="cpu", dtype=torch.float32, scale=1.0):
     generator = torch.Generator().manual_seed(sum(shape))
     return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
-
-
-def both(options):
-    """Every form alone and in pairs."""
-    return [replace(form, cluster=cluster) for form in options for cluster in (1, 2)]
 
 
 def packed(weight):
@@ -100,8 +94,7 @@ def test_the_tile_is_chosen_by_its_last_wave():
 def test_tiles_cover_pictures_that_they_do_not_divide():
     form = forms(384, 384, "f16")[0]
     assert form.turns(2, 60, 104) == (4 * 8 * 2 * 2, 4, 8)
-    # 45 tiles of one frame: the last of 23 pairs has a partner behind the clip
-    assert replace(form, cluster=2).turns(1, 40, 288) == (23 * 2, 9, 5)
+    assert form.turns(1, 40, 288) == (45 * 2, 9, 5)
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
@@ -111,7 +104,7 @@ def test_every_form_compiles(channels, outputs, kind):
         nvrtc.nvrtc()
     except nvrtc.NvrtcError as error:
         pytest.skip(str(error))
-    for form in both(forms(channels, outputs, kind)):
+    for form in forms(channels, outputs, kind):
         assert nvrtc.compile_cubin(form.source(), "sm_90a")[:4] == b"\x7fELF"
 
 
@@ -149,7 +142,7 @@ def test_as_exact_as_cudnn(channels, outputs, clip, dtype):
     weight = draw(outputs, 27 * channels, device="cuda", dtype=dtype, scale=(27 * channels) ** -0.5)
     exact = conv_window_ref(window.double(), weight.double())
     limit = 1.05 * error(conv_window_ref(window, weight), exact)
-    results = [launch(window, weight, form) for form in both(forms(channels, outputs, TYPES[dtype][0]))]
+    results = [launch(window, weight, form) for form in forms(channels, outputs, TYPES[dtype][0])]
     for got in (*results, conv_window(window, weight)):
         assert got.shape == (*clip, outputs)
         assert error(got, exact) <= limit
