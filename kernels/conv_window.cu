@@ -31,6 +31,7 @@ constexpr int B_TAP = BN * ROW, B_STAGE = 3 * B_TAP;
 constexpr int CHUNKS = CHANNELS / KC;
 constexpr int STEPS = 9 * CHUNKS;
 constexpr int N_TILES = OUTPUTS / BN;
+static_assert(BN % 32 == 0, "four lanes store four groups of 8 outputs");
 constexpr int CONSUMER_WARPS = 8;
 
 __device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
@@ -81,6 +82,22 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     return both;
 }
 
+// One step of a transposition: lanes that differ in `bit` exchange the half that belongs to the other.
+__device__ __forceinline__ void exchange(u32& first, u32& second, int lane, int bit) {
+    const bool upper = lane & bit;
+    const u32 got = __shfl_xor_sync(0xFFFFFFFF, upper ? first : second, bit);
+    first = upper ? got : first;
+    second = upper ? second : got;
+}
+
+// Transpose 4 x 4 among four lanes, every lane of the warp taking part: lane q's v[i] becomes lane i's v[q].
+__device__ __forceinline__ void transpose(u32 (&v)[4], int lane) {
+    exchange(v[0], v[1], lane, 1);
+    exchange(v[2], v[3], lane, 1);
+    exchange(v[0], v[2], lane, 2);
+    exchange(v[1], v[3], lane, 2);
+}
+
 struct Tile {
     int x, y, t, o;
 
@@ -95,7 +112,7 @@ struct Tile {
 };
 
 extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
-    const __grid_constant__ TensorMap frames, const __grid_constant__ TensorMap weights, u32* out,
+    const __grid_constant__ TensorMap frames, const __grid_constant__ TensorMap weights, uint4* out,
     int turns, int across, int down, int height, int width) {
     extern __shared__ char shared[];
     const u32 base = ((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
@@ -174,12 +191,18 @@ extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
                 for (int half = 0; half < 2; ++half) {
                     const int row = (group * BLOCKS_M + m) * 64 + warp * 16 + half * 8 + lane / 4;
                     const int y = tile.y + row % TILE_H, x = tile.x + row / TILE_H;
-                    if (y < height && x < width) {
-                        const long long pixel = ((long long)tile.t * height + y) * width + x;
-                        u32* to = out + (pixel * OUTPUTS + tile.o + lane % 4 * 2) / 2;
+                    const bool inside = y < height && x < width;
+                    const long long pixel = ((long long)tile.t * height + y) * width + x;
+                    // lane q of four has outputs 2 q and 2 q + 1 of every group of 8, and stores every fourth group
+                    uint4* to = out + (pixel * OUTPUTS + tile.o) / 8 + lane % 4;
 #pragma unroll
-                        for (int j = 0; j < BN / 8; ++j)
-                            to[j * 4] = pack(sums[m][j * 4 + half * 2], sums[m][j * 4 + half * 2 + 1]);
+                    for (int j = 0; j < BN / 8; j += 4) {
+                        u32 v[4];
+#pragma unroll
+                        for (int i = 0; i < 4; ++i)
+                            v[i] = pack(sums[m][(j + i) * 4 + half * 2], sums[m][(j + i) * 4 + half * 2 + 1]);
+                        transpose(v, lane);
+                        if (inside) to[j] = make_uint4(v[0], v[1], v[2], v[3]);
                     }
                 }
         }
