@@ -20,8 +20,7 @@ from torch import Tensor
 
 from wanrt_kernels import nvrtc
 
-# Off until it has proved itself: in a kernel that waits for the copy engine a mistake is a device that hangs.
-SWITCH = "WANRT_HOPPER_CONV"
+SWITCH = "WANRT_HOPPER_CONV"  # 0: off, to compare, or for a device that hangs: this kernel waits for the copy engine
 ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
 TYPES = {torch.float16: ("f16", 6), torch.bfloat16: ("bf16", 9)}  # PTX's name, CUtensorMapDataType
 CHUNK, TILE_HEIGHT, THREADS = 32, 8, 384  # channels of a step, rows of a tile, threads of a block
@@ -122,8 +121,8 @@ def choose(options: tuple[ConvConfig, ...], clip: tuple[int, int, int], processo
 def why_not(device: torch.device, channels: int, outputs: int, dtype: torch.dtype) -> str | None:
     """Why this kernel is not for a convolution, in a few words; None: it is."""
     reason = unsupported(device, channels, outputs, dtype)
-    if reason is None and os.environ.get(SWITCH, "0") in ("", "0"):
-        return f"wanrt's own kernel is switched on by {SWITCH}=1"
+    if reason is None and os.environ.get(SWITCH) == "0":
+        return f"wanrt's own kernel is switched off by {SWITCH}=0"
     return reason
 
 

@@ -63,18 +63,18 @@ def test_other_sizes_have_no_form():
         conv_window(draw(3, 4, 4, 96), draw(96, 27 * 96))
 
 
-def test_it_is_switched_on_by_name(monkeypatch):
+def test_it_is_on_unless_switched_off(monkeypatch):
     from wanrt_kernels import conv_window as module
 
     monkeypatch.setattr(module, "unsupported", lambda *sizes: None)
     about = (torch.device("cuda", 0), 96, 96, torch.float16)
-    for value in (None, "", "0"):
-        monkeypatch.delenv("WANRT_HOPPER_CONV", raising=False)
-        if value is not None:
-            monkeypatch.setenv("WANRT_HOPPER_CONV", value)
-        assert why_not(*about) == "wanrt's own kernel is switched on by WANRT_HOPPER_CONV=1"
-    monkeypatch.setenv("WANRT_HOPPER_CONV", "1")
+    monkeypatch.delenv("WANRT_HOPPER_CONV", raising=False)
     assert why_not(*about) is None
+    for value in ("", "1"):
+        monkeypatch.setenv("WANRT_HOPPER_CONV", value)
+        assert why_not(*about) is None
+    monkeypatch.setenv("WANRT_HOPPER_CONV", "0")
+    assert why_not(*about) == "wanrt's own kernel is switched off by WANRT_HOPPER_CONV=0"
 
 
 def tile(form):
