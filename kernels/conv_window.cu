@@ -8,12 +8,12 @@
 // wider than the tile, and fills zeros outside the picture, so nothing is padded or unrolled in memory. In shared
 // memory a column of 8 pixels is one group of rows of the matrix, so the three dx of a step are the same box from
 // another group on: without that, fetching every tap anew asks more of the L2 cache than it has. Blocks take tiles in
-// turn, and the fetching runs ahead into the next tile while the last one is stored. CLUSTER blocks that compute
-// different pixels and the same outputs fetch the weights together, each its part for all. No atomics, no split sums:
-// the same bits every time, whatever the tile.
+// turn, and the fetching runs ahead into the next tile while the last one is stored. No atomics, no split sums: the same
+// bits every time, whatever the tile. Clusters of two blocks that fetch their weights together were up to 2.4 times
+// slower (H100), and are not here.
 //
-// Given by the host: CHANNELS, OUTPUTS, BM, BN, STAGES, CLUSTER (1 or 2), PACK (PTX that rounds two floats), and `wgmma`,
-// written for BN outputs.
+// Given by the host: CHANNELS, OUTPUTS, BM, BN, STAGES, PACK (PTX that rounds two floats), and `wgmma`, written for BN
+// outputs.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -31,8 +31,8 @@ constexpr int B_TAP = BN * ROW, B_STAGE = 3 * B_TAP;
 constexpr int CHUNKS = CHANNELS / KC;
 constexpr int STEPS = 9 * CHUNKS;
 constexpr int N_TILES = OUTPUTS / BN;
+static_assert(BN % 32 == 0, "four lanes store four groups of 8 outputs");
 constexpr int CONSUMER_WARPS = 8;
-constexpr int B_PART = B_TAP / CLUSTER;  // what one block fetches of a tap's weights
 
 __device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
@@ -42,33 +42,8 @@ __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
 
-// Arrive at a barrier of every block of the cluster: a stage is free when nobody reads it any more.
 __device__ __forceinline__ void barrier_arrive(u32 bar) {
-    if constexpr (CLUSTER == 1) {
-        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-    } else {
-#pragma unroll
-        for (u32 rank = 0; rank < CLUSTER; ++rank)
-            asm volatile(
-                "{\n"
-                ".reg .b32 there;\n"
-                "mapa.shared::cluster.u32 there, %0, %1;\n"
-                "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
-                "}" ::"r"(bar), "r"(rank) : "memory");
-    }
-}
-
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 rank = 0;
-    if constexpr (CLUSTER > 1) asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-    if constexpr (CLUSTER == 1)
-        __syncthreads();
-    else
-        asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
@@ -90,15 +65,9 @@ __device__ __forceinline__ void fetch_frames(u32 to, const TensorMap* map, u32 b
 }
 
 __device__ __forceinline__ void fetch_weights(u32 to, const TensorMap* map, u32 bar, int k, int o) {
-    if constexpr (CLUSTER == 1)
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-            ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(o) : "memory");
-    else  // into the same place of every block, whose own barrier hears of it
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-            "[%0], [%1, {%3, %4}], [%2], %5;"
-            ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(o), "h"((unsigned short)((1 << CLUSTER) - 1)) : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+        ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(o) : "memory");
 }
 
 // Matrix descriptor of rows of 64 bytes in the copy engine's swizzle (PTX ISA, "Matrix Descriptor Format").
@@ -113,13 +82,28 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     return both;
 }
 
+// One step of a transposition: lanes that differ in `bit` exchange the half that belongs to the other.
+__device__ __forceinline__ void exchange(u32& first, u32& second, int lane, int bit) {
+    const bool upper = lane & bit;
+    const u32 got = __shfl_xor_sync(0xFFFFFFFF, upper ? first : second, bit);
+    first = upper ? got : first;
+    second = upper ? second : got;
+}
+
+// Transpose 4 x 4 among four lanes, every lane of the warp taking part: lane q's v[i] becomes lane i's v[q].
+__device__ __forceinline__ void transpose(u32 (&v)[4], int lane) {
+    exchange(v[0], v[1], lane, 1);
+    exchange(v[2], v[3], lane, 1);
+    exchange(v[0], v[2], lane, 2);
+    exchange(v[1], v[3], lane, 2);
+}
+
 struct Tile {
     int x, y, t, o;
 
-    // Of a cluster's turn: all its blocks have the same outputs. The last turn may have a tile behind the last frame.
-    __device__ __forceinline__ Tile(int turn, int rank, int across, int down) {
+    __device__ __forceinline__ Tile(int turn, int across, int down) {
         o = turn % N_TILES * BN;
-        int index = turn / N_TILES * CLUSTER + rank;
+        int index = turn / N_TILES;
         x = index % across * TILE_W;
         index /= across;
         y = index % down * TILE_H;
@@ -127,15 +111,9 @@ struct Tile {
     }
 };
 
-#if CLUSTER > 1
-#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define IN_CLUSTERS
-#endif
-
-extern "C" __global__ void IN_CLUSTERS __launch_bounds__(384, 1) conv_window(
-    const __grid_constant__ TensorMap frames, const __grid_constant__ TensorMap weights, u32* out,
-    int turns, int across, int down, int length, int height, int width) {
+extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
+    const __grid_constant__ TensorMap frames, const __grid_constant__ TensorMap weights, uint4* out,
+    int turns, int across, int down, int height, int width) {
     extern __shared__ char shared[];
     const u32 base = ((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
     const u32 a_base = base, b_base = base + STAGES * A_STAGE;
@@ -143,21 +121,20 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(384, 1) conv_window(
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
             barrier_init(full + 8 * s, 1);
-            barrier_init(empty + 8 * s, CONSUMER_WARPS * CLUSTER);
+            barrier_init(empty + 8 * s, CONSUMER_WARPS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    cluster_sync();
+    __syncthreads();
 
-    const int group = threadIdx.x / 128, rank = cluster_rank();
-    const int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
+    const int group = threadIdx.x / 128;
     if (group == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == 256) {
             int stage = 0;
             u32 phase = 0;
-            for (int turn = first; turn < turns; turn += stride) {
-                const Tile tile(turn, rank, across, down);
+            for (int turn = blockIdx.x; turn < turns; turn += gridDim.x) {
+                const Tile tile(turn, across, down);
                 for (int step = 0; step < STEPS; ++step) {
                     const int row = step / CHUNKS, c = step % CHUNKS * KC;  // row of taps: 3 dt + dy
                     const u32 bar = full + 8 * stage;
@@ -167,8 +144,8 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(384, 1) conv_window(
                                  tile.t + row / 3);
 #pragma unroll
                     for (int dx = 0; dx < 3; ++dx)
-                        fetch_weights(b_base + stage * B_STAGE + dx * B_TAP + rank * B_PART, &weights, bar,
-                                      (row * 3 + dx) * CHANNELS + c, tile.o + rank * (BN / CLUSTER));
+                        fetch_weights(b_base + stage * B_STAGE + dx * B_TAP, &weights, bar,
+                                      (row * 3 + dx) * CHANNELS + c, tile.o);
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                 }
             }
@@ -178,7 +155,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(384, 1) conv_window(
         const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
         int stage = 0;
         u32 phase = 0;
-        for (int turn = first; turn < turns; turn += stride) {
+        for (int turn = blockIdx.x; turn < turns; turn += gridDim.x) {
             float sums[BLOCKS_M][BN / 2];
 #pragma unroll
             for (int m = 0; m < BLOCKS_M; ++m)
@@ -207,26 +184,27 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(384, 1) conv_window(
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             if (lane == 0) barrier_arrive(empty + 8 * before);
 
-            const Tile tile(turn, rank, across, down);
+            const Tile tile(turn, across, down);
 #pragma unroll
             for (int m = 0; m < BLOCKS_M; ++m)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int row = (group * BLOCKS_M + m) * 64 + warp * 16 + half * 8 + lane / 4;
                     const int y = tile.y + row % TILE_H, x = tile.x + row / TILE_H;
-                    if (tile.t < length && y < height && x < width) {
-                        const long long pixel = ((long long)tile.t * height + y) * width + x;
-                        u32* to = out + (pixel * OUTPUTS + tile.o + lane % 4 * 2) / 2;
+                    const bool inside = y < height && x < width;
+                    const long long pixel = ((long long)tile.t * height + y) * width + x;
+                    // lane q of four has outputs 2 q and 2 q + 1 of every group of 8, and stores every fourth group
+                    uint4* to = out + (pixel * OUTPUTS + tile.o) / 8 + lane % 4;
 #pragma unroll
-                        for (int j = 0; j < BN / 8; ++j)
-                            to[j * 4] = pack(sums[m][j * 4 + half * 2], sums[m][j * 4 + half * 2 + 1]);
+                    for (int j = 0; j < BN / 8; j += 4) {
+                        u32 v[4];
+#pragma unroll
+                        for (int i = 0; i < 4; ++i)
+                            v[i] = pack(sums[m][(j + i) * 4 + half * 2], sums[m][(j + i) * 4 + half * 2 + 1]);
+                        transpose(v, lane);
+                        if (inside) to[j] = make_uint4(v[0], v[1], v[2], v[3]);
                     }
                 }
         }
-    }
-    // nobody leaves while another may still write to its shared memory
-    if constexpr (CLUSTER > 1) {
-        __syncwarp();
-        cluster_sync();
     }
 }

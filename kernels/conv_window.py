@@ -20,15 +20,15 @@ from torch import Tensor
 
 from wanrt_kernels import nvrtc
 
-# Off until it has proved itself: in a kernel that waits for the copy engine a mistake is a device that hangs.
-SWITCH = "WANRT_HOPPER_CONV"
+SWITCH = "WANRT_HOPPER_CONV"  # 0: off, to compare, or for a device that hangs: this kernel waits for the copy engine
 ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
 TYPES = {torch.float16: ("f16", 6), torch.bfloat16: ("bf16", 9)}  # PTX's name, CUtensorMapDataType
 CHUNK, TILE_HEIGHT, THREADS = 32, 8, 384  # channels of a step, rows of a tile, threads of a block
 SHARED_BYTES = 232448  # 227 KiB, all that a block of this architecture may have
 SLACK_BYTES = 1024 + 256  # for alignment, and for the barriers
-# (pixels, outputs) of a tile: what a product costs in it, relative: small ones read more of the L2 cache for each.
-TILES = {(256, 192): 1.0, (128, 192): 1.2, (256, 96): 1.2, (128, 96): 1.4}
+# (pixels, outputs) of a tile: what a product costs in it, relative: small ones read more of the L2 cache for each. From
+# the times of every tile on an H100 (PyTorch 2.11, fp16) in the nine shapes of tests/kernels/test_conv_window.py.
+TILES = {(256, 192): 1.0, (128, 192): 1.17, (256, 96): 0.97, (128, 96): 1.4}
 SWIZZLE, L2_PROMOTION = 2, 3  # CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 
 
@@ -48,7 +48,6 @@ class ConvConfig:
         pixels: of a block's tile, 128 or 256; 8 high.
         columns: outputs of a tile.
         kind: "f16" or "bf16".
-        cluster: blocks that fetch their weights together, 1 or 2.
     """
 
     channels: int
@@ -56,7 +55,6 @@ class ConvConfig:
     pixels: int
     columns: int
     kind: str
-    cluster: int = 1
 
     @property
     def tile_width(self) -> int:
@@ -70,16 +68,15 @@ class ConvConfig:
         return (SHARED_BYTES - SLACK_BYTES) // step
 
     def turns(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(turns that clusters of blocks take, tiles across, tiles down)."""
+        """(tiles, which blocks take in turn, tiles across, tiles down)."""
         across, down = -(-width // self.tile_width), -(-height // TILE_HEIGHT)
-        together = -(-across * down * frames // self.cluster)
-        return together * (self.outputs // self.columns), across, down
+        return across * down * frames * (self.outputs // self.columns), across, down
 
     def source(self) -> str:
         """The kernel's CUDA C++ with this form's numbers in front."""
         numbers = {
             "CHANNELS": self.channels, "OUTPUTS": self.outputs, "BM": self.pixels, "BN": self.columns,
-            "STAGES": self.stages, "CLUSTER": self.cluster, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
+            "STAGES": self.stages, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
         }  # fmt: skip
         defines = "".join(f"#define {name} {value}\n" for name, value in numbers.items())
         kernel = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
@@ -109,13 +106,13 @@ def forms(channels: int, outputs: int, kind: str) -> tuple[ConvConfig, ...]:
 
 
 def choose(options: tuple[ConvConfig, ...], clip: tuple[int, int, int], processors: int) -> ConvConfig:
-    """The form that leaves the fewest multiprocessors idle in its last wave, the larger one where they are alike.
+    """The form that should be fastest: waves of tiles, times the products of a tile, times what each costs in it.
 
     clip: frames, height, width.
     """
 
     def cost(form: ConvConfig) -> float:
-        waves = -(-form.turns(*clip)[0] // (processors // form.cluster))
+        waves = -(-form.turns(*clip)[0] // processors)
         return waves * form.pixels * form.columns * TILES[form.pixels, form.columns]
 
     return min(options, key=cost)
@@ -124,8 +121,8 @@ def choose(options: tuple[ConvConfig, ...], clip: tuple[int, int, int], processo
 def why_not(device: torch.device, channels: int, outputs: int, dtype: torch.dtype) -> str | None:
     """Why this kernel is not for a convolution, in a few words; None: it is."""
     reason = unsupported(device, channels, outputs, dtype)
-    if reason is None and os.environ.get(SWITCH, "0") in ("", "0"):
-        return f"wanrt's own kernel is switched on by {SWITCH}=1"
+    if reason is None and os.environ.get(SWITCH) == "0":
+        return f"wanrt's own kernel is switched off by {SWITCH}=0"
     return reason
 
 
@@ -180,12 +177,11 @@ def launch(window: Tensor, weight: Tensor, form: ConvConfig) -> Tensor:
         arguments = (
             # column after column: a column of pixels is a group of matrix rows
             tensor_map(window.transpose(1, 2), (CHUNK, TILE_HEIGHT, form.tile_width + 2, 1), code),
-            tensor_map(weight, (CHUNK, form.columns // form.cluster), code),
+            tensor_map(weight, (CHUNK, form.columns), code),
             ctypes.c_void_p(out.data_ptr()),
-            *(ctypes.c_int(value) for value in (turns, across, down, *clip)),
+            *(ctypes.c_int(value) for value in (turns, across, down, height, width)),
         )
-        blocks = min(turns, processors // form.cluster) * form.cluster
-        _function(form, window.device.index)(blocks, THREADS, arguments)
+        _function(form, window.device.index)(min(turns, processors), THREADS, arguments)
     return out
 
 

@@ -142,6 +142,21 @@ def test_only_a_large_vae_without_the_own_kernel_races():
     assert races(large)
 
 
+@pytest.mark.parametrize("missing", [None, (192, 192)])
+def test_nothing_races_where_the_own_kernel_convolves_all(monkeypatch, missing):
+    from wanrt.models import vae_fast
+    from wanrt.models.vae_graph import races
+
+    def why_not(device, channels, outputs, dtype):
+        return "no form" if (channels, outputs) == missing else None
+
+    monkeypatch.setattr(vae_fast, "why_not", why_not)
+    config = VaeConfig(base_dim=96, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(False,))
+    fast = FastVae(WanVae(config), dtype=torch.float16)
+    assert fast.why_cudnn == (missing and "no form")
+    assert races(fast) == (missing is not None)
+
+
 def test_fold_nearest_is_exact_in_fp64():
     weight = torch.randn(5, 3, 3, 3, dtype=torch.float64)
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64)

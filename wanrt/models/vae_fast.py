@@ -5,7 +5,7 @@
 - A causal 3x3x3 convolution with T frames and two remembered ones is a 3-D convolution without padding in time, or
   for T = 1 a 2-D convolution over the three frames stacked as channels. `wanrt_kernels.norm_stack` writes its input
   while it finishes the previous layer (bias, skip connection, RMSNorm, SiLU) and updates the stream's state in
-  place. cuDNN does the rest in channels-last, or on Hopper, if told to, `wanrt_kernels.conv_window`, for T = 1 too.
+  place. cuDNN does the rest in channels-last, or on Hopper `wanrt_kernels.conv_window`, for T = 1 too.
 - Nearest upsampling followed by a 3x3 convolution reads each input pixel up to nine times through four phases.
   Summing the taps that meet the same pixel gives four 2x2 kernels: one convolution with 4 C outputs on the small
   picture, 4/9 of the arithmetic; `norm_stack` reads its output in picture order.
@@ -409,9 +409,10 @@ class FastVae(nn.Module):
 
     @property
     def why_cudnn(self) -> str | None:
-        """Why cuDNN convolves what is most of a decode; None: wanrt's own kernel does."""
-        last = next(block for block in reversed(self.decoder.blocks) if isinstance(block, FastResidual))
-        return last.conv2.why_cudnn
+        """Why cuDNN convolves in the decoder's residual blocks, most of a decode; None: wanrt's own kernel does."""
+        blocks = [block for block in self.decoder.blocks if isinstance(block, FastResidual)]
+        reasons = (conv.why_cudnn for block in blocks for conv in (block.conv1, block.conv2))
+        return next((reason for reason in reasons if reason is not None), None)
 
     def decoder_state(self) -> VaeState:
         """A fresh state for one stream of `decode`; `WanVae.decode` can continue it and the other way round."""

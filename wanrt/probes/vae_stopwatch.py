@@ -61,7 +61,7 @@ def time_entrant(
 ) -> Lap:
     """Builds, warms up and measures one entrant, which nothing outlives.
 
-    tuned: cuDNN times its algorithms for it, as wanrt does for itself while it captures. shown: latents whose
+    tuned: cuDNN times its algorithms for it, as wanrt does for itself where it needs to. shown: latents whose
     pixels are kept. Raises `UnavailableError` as the opener.
     """
     _forget(course.device)
