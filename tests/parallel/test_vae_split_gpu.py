@@ -71,6 +71,7 @@ def split_main(rank, size, store, results):
     if whole is not None:
         results.put((whole.cpu().numpy(), anchor.cpu().numpy(), decode, encode))
     dist.barrier()
+    part.close()  # NCCL waits for its graphs
     dist.destroy_process_group()
 
 

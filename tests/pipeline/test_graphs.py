@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 class EagerForward:
     """Stands in for a captured pass: reads the same static tensors, counts its replays."""
 
-    replays = 0
+    replays = closed = 0
 
     def __init__(self, model, cache, plan, latents, time, text, bias, pool):
         self.latents, self.time = latents.clone(), time
@@ -34,6 +34,9 @@ class EagerForward:
         self.latents.copy_(latents)
         self.time.copy_(time)
         return self.run()
+
+    def close(self):
+        EagerForward.closed += 1
 
 
 @pytest.fixture
@@ -116,3 +119,20 @@ def test_every_plan_of_a_stream_is_captured(policy, window):
             plan = cache.begin(Pass.COMMIT, 3)
             assert plan in plans
             cache.finish(plan)
+
+
+def test_a_capture_that_breaks_off_keeps_no_graph(model, monkeypatch):
+    """They would hold a communicator that NCCL then never gives up."""
+    monkeypatch.setattr(graphs, "GraphedForward", EagerForward)
+    monkeypatch.setattr(EagerForward, "closed", 0)
+    denoiser = graphs.GraphedDenoiser(model, make_cache(CachePolicy.RECOMPUTE, 3), CPU)
+
+    def fail_at_third(done, of):
+        if done == 2:
+            raise RuntimeError("another rank is gone")
+
+    with pytest.raises(RuntimeError, match="another rank"):
+        denoiser.capture(SHAPE, (False,), fail_at_third)
+    assert EagerForward.closed == 2
+    denoiser.close()
+    assert EagerForward.closed == 2

@@ -71,6 +71,10 @@ class GraphedCall:
         self.graph.replay()
         return self.output.clone()
 
+    def close(self) -> None:
+        """Gives the graph up, whoever still holds this object."""
+        self.graph.reset()
+
 
 class GraphedVae:
     """`FastVae` for one stream of one size, with its calls as CUDA graphs. Same methods, same results.
@@ -90,11 +94,26 @@ class GraphedVae:
         device = vae.to_raw.device
         latent = torch.zeros(1, vae.config.z_dim, 1, height // 8, width // 8, device=device)
         pixels = torch.zeros(1, 3, 1, height, width, device=device)
-        with torch.cuda.device(device):
-            self._first = GraphedCall(self._decode_as(started=False), latent, vae)
-            self._next = GraphedCall(self._decode_as(started=True), latent, vae)
-            self._encode = GraphedCall(vae.encode_frame, pixels, vae)
+        self._captured: list[GraphedCall] = []
+        try:
+            with torch.cuda.device(device):
+                self._first = self._capture(self._decode_as(started=False), latent)
+                self._next = self._capture(self._decode_as(started=True), latent)
+                self._encode = self._capture(vae.encode_frame, pixels)
+        except BaseException:
+            self.close()
+            raise
         self._state.reset()
+
+    def _capture(self, function: Callable[[Tensor], Tensor], static: Tensor) -> GraphedCall:
+        self._captured.append(GraphedCall(function, static, self.vae))
+        return self._captured[-1]
+
+    def close(self) -> None:
+        """Gives the graphs up. A split VAE's hold NCCL's communicator, which is not left before they are gone."""
+        for call in self._captured:
+            call.close()
+        self._captured.clear()
 
     def _decode_as(self, *, started: bool) -> Callable[[Tensor], Tensor]:
         def decode(latent: Tensor) -> Tensor:

@@ -200,6 +200,11 @@ class SplitVae:
         own = self.vae.encode_frame(pixels)
         return self.seam.neighbours.gather(own, self.band.lengths, self.seam.dim)
 
+    def close(self) -> None:
+        """Gives up the graphs, if there are any: comes before the process group is left."""
+        if isinstance(self.vae, GraphedVae):
+            self.vae.close()
+
     def collect(self, pixels: Tensor) -> Tensor | None:
         """Whole pixels of every rank's band, on the first rank; None on the others."""
         lengths = [n * PIXELS_PER_LATENT for n in self.band.lengths]

@@ -107,6 +107,11 @@ class PairedDenoiser:
         self._reference.commit(latents)
         self._tested.commit(latents)
 
+    def close(self) -> None:
+        """See `Denoiser.close`."""
+        self._reference.close()
+        self._tested.close()
+
     def denoise(self, latents: torch.Tensor, timestep: float) -> torch.Tensor:
         """The reference's velocity."""
         import torch

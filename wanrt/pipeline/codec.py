@@ -129,6 +129,10 @@ class VaePart:
             else:
                 self.encode(command.latent)
 
+    def close(self) -> None:
+        """Takes part no more; comes before the process group is left."""
+        self._vae.close()
+
     def _share(self, latent: torch.Tensor | None) -> torch.Tensor:
         import torch
         import torch.distributed as dist

@@ -49,6 +49,9 @@ class TransformerDenoiser:
         """Commit pass over a finished chunk."""
         self._forward(latents, 0.0, Pass.COMMIT)
 
+    def close(self) -> None:
+        """Nothing is captured here."""
+
     def _forward(self, latents: torch.Tensor, timestep: float, pass_: Pass) -> torch.Tensor | None:
         plan = self._cache.begin(pass_, latents.shape[2])
         bias = None if pass_ is Pass.CONTEXT else self._bias

@@ -72,6 +72,10 @@ class GraphedForward:
         self.graph.replay()
         return self._velocity
 
+    def close(self) -> None:
+        """Gives the graph up, whoever still holds this object."""
+        self.graph.reset()
+
 
 class GraphedDenoiser(TransformerDenoiser):
     """A `TransformerDenoiser` whose passes are graphs, captured by `capture` before the first chunk."""
@@ -107,9 +111,13 @@ class GraphedDenoiser(TransformerDenoiser):
         with torch.inference_mode():
             self.set_text(torch.zeros(shape[0], 1, self._model.config.text_dim, device=self.device))
             self._static = self._model.embed_time(torch.zeros(shape[0], 1, device=self.device))
-            for done, (plan, on) in enumerate(distinct):
-                progress(done, len(distinct))
-                self._capture(plan, latents, self._log_bias if on else None)
+            try:
+                for done, (plan, on) in enumerate(distinct):
+                    progress(done, len(distinct))
+                    self._capture(plan, latents, self._log_bias if on else None)
+            except BaseException:
+                self.close()
+                raise
         self._cache.reset()
         log.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.perf_counter() - started)
 
@@ -119,6 +127,12 @@ class GraphedDenoiser(TransformerDenoiser):
         pool = next((graph.graph.pool() for graph in self._graphs.values()), None)
         forward = GraphedForward(self._model, self._cache, plan, frames, self._static, self._text, bias, pool)
         self._graphs[plan, bias is not None] = forward
+
+    def close(self) -> None:
+        """See `Denoiser.close`: NCCL waits for the graphs of a sharded model."""
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
 
     def _run(
         self, latents: torch.Tensor, time: TimeEmbedding, plan: PassPlan, bias: torch.Tensor | None

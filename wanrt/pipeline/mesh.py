@@ -50,6 +50,10 @@ class Denoiser(Protocol):
         """Clean pass at timestep 0 that appends a finished chunk to a rolling cache."""
         ...
 
+    def close(self) -> None:
+        """Gives up what holds a process group, before it is left."""
+        ...
+
 
 @dataclass(frozen=True)
 class MeshSettings:
@@ -111,6 +115,10 @@ class Mesh:
         self._noise.clear()
         for step in range(len(self._steps())):
             self._noise[chunk, step] = self._fresh(chunk, step)
+
+    def close(self) -> None:
+        """Makes no more chunks; comes before the process group is left."""
+        self._denoiser.close()
 
     def _apply(self, request: ChunkRequest) -> None:
         if request.control is not None:

@@ -40,7 +40,17 @@ from wanrt.pipeline.codec import Codec, StreamingVae, TeamCodec, VaePart
 from wanrt.pipeline.lanes import Lanes, lanes_for
 from wanrt.pipeline.mesh import Mesh
 from wanrt.pipeline.models import timed
-from wanrt.pipeline.remote import STAGE0, WATCHDOG_S, Link, RankedMesh, Roles, join_group, leave_group, serve
+from wanrt.pipeline.remote import (
+    STAGE0,
+    WATCHDOG_S,
+    Closing,
+    Link,
+    RankedMesh,
+    Roles,
+    join_group,
+    leave_group,
+    serve,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -135,10 +145,10 @@ def build_ranked(
         for rank in topology.ranks()
     ]  # fmt: skip
     team = Team(_Listener(wiring).heard)
-    with _undone(team, partial(shutil.rmtree, folder, ignore_errors=True)) as cleanup:
+    with _undone(team, partial(shutil.rmtree, folder, ignore_errors=True)) as own:
         reserve = wiring.reserve or Reserve(partial(prepare, device=str(device)))
         team.start([Member(plan.name, plan.device, plan) for plan in plans[1:]], work, reserve)
-        return _join(plans[STAGE0], device, team, wiring, cleanup)
+        return _join(plans[STAGE0], device, team, wiring, own)
 
 
 def _build_joined(
@@ -170,22 +180,31 @@ def _build_joined(
         for name, recruit in names.items()
     }
     team = Team(_Listener(wiring, offsets).heard)
-    with _undone(team, crew.close_stores) as cleanup:
+    with _undone(team, crew.close_stores) as own:
         team.join(
             (Member(plan.name, plan.device + places[plan.name], plan), names[plan.name].connection)
             for plan in plans[1:]
         )
-        return _join(plans[STAGE0], device, team, wiring, cleanup)
+        return _join(plans[STAGE0], device, team, wiring, own)
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What this process must give up when the pipeline ends: its parts, and what `cleanup` does."""
+
+    cleanup: Callable[[], None]
+    parts: list[Closing] = field(default_factory=list)
 
 
 @contextmanager
-def _undone(team: Team, cleanup: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """Ends what was begun when building a pipeline fails; gives `cleanup`, for the pipeline's own end."""
+def _undone(team: Team, cleanup: Callable[[], None]) -> Iterator[_Own]:
+    """Ends what was begun when building a pipeline fails; gives what its own end has to do."""
+    own = _Own(cleanup)
     try:
-        yield cleanup
+        yield own
     except BaseException:
         team.close()
-        leave_group()
+        leave_group(own.parts, at_once=True)
         cleanup()
         raise
 
@@ -236,9 +255,7 @@ class _Listener:
             self.wiring.progress(f"{name}: {message.part}", message.seconds)
 
 
-def _join(
-    plan: Assignment, device: torch.device, team: Team, wiring: Wiring, cleanup: Callable[[], None]
-) -> Pipeline:
+def _join(plan: Assignment, device: torch.device, team: Team, wiring: Wiring, own: _Own) -> Pipeline:
     from wanrt.pipeline.devices import set_threads
 
     def check() -> None:
@@ -256,8 +273,11 @@ def _join(
     models, codec = early or _load_stage0(plan, device, wiring, lanes)
     with answering(team, "warm-up broke off"):
         # in every rank's order, the mesh first: capturing graphs is a joint effort
-        local = None if groups.mesh is None else _mesh_part(plan, groups.mesh, device, wiring, lanes)
-        part = None if groups.vae is None else _vae_part(plan, groups.vae, models.vae, device, wiring, lanes)
+        local = part = None
+        if groups.mesh is not None:
+            own.parts.append(local := _mesh_part(plan, groups.mesh, device, wiring, lanes))
+        if groups.vae is not None:
+            own.parts.append(part := _vae_part(plan, groups.vae, models.vae, device, wiring, lanes))
         with timed(wiring.progress, "other ranks"):
             team.wait_ready(wiring.check)
     if part is not None:
@@ -268,7 +288,8 @@ def _join(
         local,
         _names(plan, lambda rank: rank.mesh is not None),
         launch_on_submit=device.type == "cuda",
-        cleanup=cleanup,
+        parts=own.parts,
+        cleanup=own.cleanup,
     )
     return join_stage0(plan.job, models, handle, device, wiring, plan.tuning, lanes, codec)
 
@@ -317,8 +338,12 @@ def work(pipe: Connection, plan: Assignment) -> None:
     lanes = _lanes(plan, device)
     roles = _take_roles(plan, groups, device, Wiring(recorder, progress=progress), lanes)
     pipe.send(Ready())
-    with lanes.main():
-        serve(roles, _link(plan, device, groups), pipe, recorder)
+    try:
+        with lanes.main():
+            serve(roles, _link(plan, device, groups), pipe, recorder)
+    finally:
+        for part in roles.parts:
+            part.close()
 
 
 def follow_runs(pipe: Connection, plan: Assignment) -> None:

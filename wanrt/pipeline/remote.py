@@ -7,10 +7,12 @@ Stage 0 is rank 0; without PP1 it is also the mesh's first rank, and latents nev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from wanrt.errors import RunError
 from wanrt.parallel.team import Spans, Team, answering
@@ -23,9 +25,20 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
+log = logging.getLogger("wanrt.pipeline")
+
 STAGE0 = 0
 IN_PASSING_S = 0.2  # how long ranks that wait in an exchange may take to notice the end
 WATCHDOG_S = 30.0  # how long an exchange may take once all ranks are warm
+LEAVING_S = 10.0  # how long the libraries may take to give a process group up
+
+
+class Closing(Protocol):
+    """Something whose CUDA graphs hold communicators."""
+
+    def close(self) -> None:
+        """Gives them up."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,8 @@ class Link:
 class RankedMesh:
     """Stage 0's `MeshHandle` on a mesh of rank processes.
 
-    `local`: the mesh's part in this process, if it has one; `names`: of the other ranks of the mesh.
+    `local`: the mesh's part in this process, if it has one; `names`: of the other ranks of the mesh; `parts`: what
+    this process takes part with, closed before the group is left.
     """
 
     def __init__(
@@ -116,9 +130,11 @@ class RankedMesh:
         names: frozenset[str],
         *,
         launch_on_submit: bool,
+        parts: Iterable[Closing] = (),
         cleanup: Callable[[], None] = lambda: None,
     ) -> None:
         self._team, self._link, self._local, self._cleanup = team, link, local, cleanup
+        self._parts = parts
         self._names, self._launch_on_submit = names, launch_on_submit
         self._request: ChunkRequest | None = None
         self._result: ChunkResult | None = None
@@ -164,7 +180,7 @@ class RankedMesh:
     def close(self) -> None:
         """Ends the ranks and the process group. Ranks in the middle of a chunk are not waited for."""
         self._team.close(IN_PASSING_S if self._under_way else None)
-        leave_group()
+        leave_group(self._parts, at_once=self._under_way)
         self._cleanup()
 
     def _launch(self, request: ChunkRequest) -> None:
@@ -187,6 +203,11 @@ class Roles:
     mesh: Mesh | None
     vae: VaePart | None
     answers: bool
+
+    @property
+    def parts(self) -> tuple[Closing, ...]:
+        """Those there are."""
+        return tuple(part for part in (self.mesh, self.vae) if part is not None)
 
 
 def serve(roles: Roles, link: Link, pipe: Connection, recorder: Recorder) -> None:
@@ -244,9 +265,32 @@ def join_group(
     )
 
 
-def leave_group() -> None:
-    """Leaves the process group, if there is one, without waiting for anybody."""
+def leave_group(parts: Iterable[Closing] = (), *, at_once: bool = False) -> None:
+    """Leaves the process group, if there is one, without waiting for anybody.
+
+    parts: closed first. NCCL does not give up a communicator before every CUDA graph that uses it is destroyed, and
+    waits for that without end (NVIDIA/nccl, src/init.cc, commDestroySync). at_once: exchanges may be under way that
+    nobody will ever answer; they are broken off.
+    """
     import torch.distributed as dist
 
-    if dist.is_initialized():
+    for part in parts:
+        part.close()
+    if not dist.is_initialized():
+        return
+    # a library that waits for what no longer comes must not keep a finished video's process from ending
+    leaving = threading.Thread(target=_leave, args=(at_once,), daemon=True)
+    leaving.start()
+    leaving.join(LEAVING_S)
+    if leaving.is_alive():
+        log.warning("the process group was not left within %g s; going on without", LEAVING_S)
+
+
+def _leave(at_once: bool) -> None:
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d as c10d
+
+    if at_once and dist.get_backend() == dist.Backend.NCCL:
+        c10d._abort_process_group()
+    else:
         dist.destroy_process_group()
