@@ -12,8 +12,8 @@
 // bits every time, whatever the tile. Clusters of two blocks that fetch their weights together were up to 2.4 times
 // slower (H100), and are not here.
 //
-// Given by the host: CHANNELS, OUTPUTS, BM, BN, STAGES, LAG, PACK (PTX that rounds two floats), and `wgmma`, written
-// for BN outputs.
+// Given by the host: CHANNELS, OUTPUTS, BM, BN, STAGES, PACK (PTX that rounds two floats), and `wgmma`, written for BN
+// outputs.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -153,8 +153,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-        // One group behind the other: the tensor cores are busy with its last products while the other one stores.
-        if (LAG > 0 && group == 1) barrier_wait(full + 8 * LAG, 0);
         int stage = 0;
         u32 phase = 0;
         for (int turn = blockIdx.x; turn < turns; turn += gridDim.x) {

@@ -48,7 +48,6 @@ class ConvConfig:
         pixels: of a block's tile, 128 or 256; 8 high.
         columns: outputs of a tile.
         kind: "f16" or "bf16".
-        lag: steps by which the second warpgroup begins behind the first, below `stages`.
     """
 
     channels: int
@@ -56,7 +55,6 @@ class ConvConfig:
     pixels: int
     columns: int
     kind: str
-    lag: int = 0
 
     @property
     def tile_width(self) -> int:
@@ -78,7 +76,7 @@ class ConvConfig:
         """The kernel's CUDA C++ with this form's numbers in front."""
         numbers = {
             "CHANNELS": self.channels, "OUTPUTS": self.outputs, "BM": self.pixels, "BN": self.columns,
-            "STAGES": self.stages, "LAG": self.lag, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
+            "STAGES": self.stages, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
         }  # fmt: skip
         defines = "".join(f"#define {name} {value}\n" for name, value in numbers.items())
         kernel = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")

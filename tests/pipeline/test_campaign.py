@@ -1,5 +1,6 @@
 """Long matrices: what is in them, in which order, within which time; processes stood in for by a script."""
 
+import contextlib
 import json
 import re
 import sys
@@ -12,7 +13,7 @@ from wanrt.errors import UsageError
 from wanrt.pipeline import campaign
 from wanrt.pipeline.bench_report import report
 from wanrt.pipeline.build import Tuning
-from wanrt.pipeline.campaign import Campaign, run_campaign
+from wanrt.pipeline.campaign import Campaign, needs_own_process, run_campaign
 from wanrt.pipeline.matrix import MATRICES, Entry, entries_of
 from wanrt.script import RenderJob, Timeline, load_preset
 from wanrt.telemetry import Span
@@ -249,3 +250,25 @@ def test_a_real_matrix_of_two(tmp_path):
     runs = json.loads(out.read_text())["runs"]
     assert [r["entry"] for r in runs if "costs" in r] == [e.text for e in entries if e.p2p]
     assert "VAE split: ulysses=2+vae=2 anchor-only" in table
+
+
+def test_the_process_that_was_told_measures_and_starts_no_other(monkeypatch):
+    """Else each would start the next, for ever."""
+    entry = Entry("tp=2", p2p=False)
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    assert needs_own_process(entry)
+    assert not needs_own_process(Entry("tp=2"))
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert not needs_own_process(entry)
+
+
+def test_a_process_of_the_campaign_is_no_campaign(monkeypatch, capsys):
+    from wanrt.cli.app import run as wanrt_run
+    from wanrt.pipeline import bench, campaign
+
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    monkeypatch.setattr(campaign, "run_campaign", lambda *_: pytest.fail("another campaign"))
+    monkeypatch.setattr(bench, "run_bench", lambda flags, entries, *_: f"measured {entries[0].text}")
+    with contextlib.suppress(SystemExit):
+        wanrt_run(["bench", "--preset", "wan-tiny", "--matrix", "tp=2:no-p2p"])
+    assert "measured tp=2:no-p2p" in capsys.readouterr().out

@@ -23,13 +23,7 @@ pytestmark = [
     pytest.mark.xdist_group("two devices"),
 ]
 FIRST = torch.device("cuda", 0)
-TOPOLOGIES = [
-    "tp=2",
-    "ulysses=2",
-    "pp1+tp=1",
-    "tp=2+vae=2",
-    "ulysses=2+vae=2",
-]  # a split VAE is unverified on GPUs
+TOPOLOGIES = ["tp=2", "ulysses=2", "pp1+tp=1", "tp=2+vae=2", "ulysses=2+vae=2"]
 
 
 def job_of(preset, device):

@@ -68,7 +68,7 @@ def command(
     from wanrt.panel import make_observer
     from wanrt.pipeline.bench import run_bench
     from wanrt.pipeline.build import Tuning
-    from wanrt.pipeline.campaign import Campaign, run_campaign
+    from wanrt.pipeline.campaign import Campaign, needs_own_process, run_campaign
     from wanrt.pipeline.check import run_check
     from wanrt.pipeline.matrix import entries_of
 
@@ -94,7 +94,7 @@ def command(
     say = make_observer("plain").log
     with _joined.crew() as crew:
         entries = entries_of(anchor, matrix, size, precision)
-        apart = budget is not None or resume or not all(entry.p2p for entry in entries)
+        apart = budget is not None or resume or any(needs_own_process(entry) for entry in entries)
         if apart and crew is None:
             campaign = Campaign(flags, chunks, warm_up, tuning, json, budget, resume, say)
             print(run_campaign(campaign, entries))

@@ -23,7 +23,7 @@ from wanrt.errors import OutputError, UsageError, WanrtError
 from wanrt.pipeline.bench import job_of
 from wanrt.pipeline.bench_report import BenchReport, Unmeasured, table
 from wanrt.pipeline.build import Tuning
-from wanrt.pipeline.matrix import Entry
+from wanrt.pipeline.matrix import P2P_SWITCH, Entry
 from wanrt.pipeline.overheard import Overheard
 from wanrt.pipeline.startup import Say, silent
 from wanrt.telemetry.simulator import Prediction, StageCosts
@@ -51,6 +51,11 @@ class Campaign:
     budget_s: float | None = None
     resume: bool = False
     say: Say = silent
+
+
+def needs_own_process(entry: Entry) -> bool:
+    """Whether NCCL must be told of an entry before its process starts; not in the process that was told."""
+    return not entry.p2p and P2P_SWITCH not in os.environ
 
 
 def run_campaign(campaign: Campaign, entries: Iterable[Entry]) -> str:
@@ -141,7 +146,7 @@ class _Campaign:
                 heard = Overheard(Path(stderr.name), self._how.say)
                 process = subprocess.Popen(
                     self._command(entries, part),
-                    env=os.environ | ({} if entries[0].p2p else {"NCCL_P2P_DISABLE": "1"}),
+                    env=os.environ | ({} if entries[0].p2p else {P2P_SWITCH: "1"}),
                     stdout=subprocess.DEVNULL,
                     stderr=stderr,
                     start_new_session=True,

@@ -11,6 +11,7 @@ from wanrt.errors import UsageError
 SIZE = re.compile(r"\d+x\d+")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp8")
 COMPILE, NO_P2P = "compile", "no-p2p"
+P2P_SWITCH = "NCCL_P2P_DISABLE"  # environment variable, set to 1
 FORM = "TOPOLOGY[:ANCHOR][:WxH][:PRECISION][:compile][:no-p2p]"
 
 
