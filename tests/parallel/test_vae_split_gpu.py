@@ -100,9 +100,7 @@ def test_two_gpus_decode_what_one_decodes(both):
         assert error < 1e-2
 
 
-@pytest.mark.xfail(
-    reason="1.52x on two H100s, 11.91 to 7.85 ms: the halos' exchanges are not hidden", strict=True
-)
+@pytest.mark.xfail(reason="1.52x on two H100s, 11.91 to 7.85 ms; not profiled yet", strict=True)
 def test_two_gpus_decode_faster(both):
     """The decode at 1.7x of one GPU."""
     together, alone = both

@@ -13,8 +13,8 @@ from wanrt.errors import UsageError
 from wanrt.pipeline import campaign
 from wanrt.pipeline.bench_report import report
 from wanrt.pipeline.build import Tuning
-from wanrt.pipeline.campaign import Campaign, needs_own_process, run_campaign
-from wanrt.pipeline.matrix import MATRICES, Entry, entries_of
+from wanrt.pipeline.campaign import Campaign, run_campaign
+from wanrt.pipeline.matrix import MATRICES, Entry, entries_of, needs_own_process
 from wanrt.script import RenderJob, Timeline, load_preset
 from wanrt.telemetry import Span
 

@@ -68,9 +68,9 @@ def command(
     from wanrt.panel import make_observer
     from wanrt.pipeline.bench import run_bench
     from wanrt.pipeline.build import Tuning
-    from wanrt.pipeline.campaign import Campaign, needs_own_process, run_campaign
+    from wanrt.pipeline.campaign import Campaign, run_campaign
     from wanrt.pipeline.check import run_check
-    from wanrt.pipeline.matrix import entries_of
+    from wanrt.pipeline.matrix import entries_of, needs_own_process
 
     flags = {
         "preset": preset, "size": size, "topology": topology, "window": window, "bias": bias, "steps": steps,

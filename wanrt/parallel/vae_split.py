@@ -18,8 +18,8 @@ The halo lines of the two remembered frames are kept in the slots, not exchanged
 instead of T + 2, that is a third at latent size and two thirds at full size, for 2/height more state.
 
 The same rules hold for `WanVae` and for `FastVae`, whose blocks hand `Pending` values on; inside CUDA graphs the
-exchanges are captured with the rest. Two H100s decode 1.5 times as fast as one at 576x320: what the exchanges take is
-not hidden behind the convolutions (`tests/parallel/test_vae_split_gpu.py`).
+exchanges are captured with the rest. Two H100s decode 1.5 times as fast as one at 576x320
+(`tests/parallel/test_vae_split_gpu.py`).
 """
 
 from __future__ import annotations

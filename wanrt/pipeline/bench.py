@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -18,7 +17,7 @@ from wanrt.pipeline.bench_report import BenchReport, Unmeasured, by_chunk, repor
 from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, find_files, make_recorder, settle_topology
 from wanrt.pipeline.context import CHUNK_LATENTS, pixel_frames
 from wanrt.pipeline.encoding import RecordedSink
-from wanrt.pipeline.matrix import NO_P2P, P2P_SWITCH, Entry
+from wanrt.pipeline.matrix import NO_P2P, Entry, needs_own_process
 from wanrt.pipeline.run import converter, one_line_errors
 from wanrt.pipeline.startup import Say, Startup, silent
 
@@ -232,7 +231,7 @@ def _run_entry(
     reserve: Reserve,
     ahead: Reserve,
 ) -> BenchReport:
-    if not entry.p2p and P2P_SWITCH not in os.environ:
+    if needs_own_process(entry):
         raise UsageError("no-p2p: NCCL is told before a process starts; set NCCL_P2P_DISABLE=1 for this one")
     job = job_of(flags, entry)
     if entry.compile is not None:

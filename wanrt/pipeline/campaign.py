@@ -53,11 +53,6 @@ class Campaign:
     say: Say = silent
 
 
-def needs_own_process(entry: Entry) -> bool:
-    """Whether NCCL must be told of an entry before its process starts; not in the process that was told."""
-    return not entry.p2p and P2P_SWITCH not in os.environ
-
-
 def run_campaign(campaign: Campaign, entries: Iterable[Entry]) -> str:
     """Runs the entries in their order and returns the table; what was not run is there with the reason.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -69,6 +70,11 @@ class Entry:
             "topology": self.topology, "anchor": self.anchor, "size": self.size, "precision": self.precision,
         }  # fmt: skip
         return {key: value for key, value in given.items() if value is not None}
+
+
+def needs_own_process(entry: Entry) -> bool:
+    """Whether NCCL must be told of an entry before its process starts; not in the process that was told."""
+    return not entry.p2p and P2P_SWITCH not in os.environ
 
 
 def _kind(part: str) -> str:
