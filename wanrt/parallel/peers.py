@@ -1,0 +1,141 @@
+"""Memory of a mesh's ranks that every rank can write to: no library moves the bytes, the kernel that makes them does.
+
+NCCL's exchanges want their input packed and their output unpacked, and are kernels of their own. Where GPUs reach each
+other's memory, the kernel that makes a number can store it where it is needed, on whichever rank, and all that is left
+to do is to wait for each other. One stream of each rank uses a set of `Peers`; every rank makes the same calls.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from wanrt.parallel.crew import boot
+from wanrt_kernels.adaln import HAVE_TRITON
+
+log = logging.getLogger("wanrt.parallel")
+
+SWITCH = "WANRT_PEERS"  # environment variable; 0: exchanges by NCCL, to compare
+NCCL_SWITCH = "NCCL_P2P_DISABLE"  # environment variable, set to 1 where GPUs must not reach each other
+
+
+class Peers(Protocol):
+    """The ranks of a mesh and the memory that they share."""
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        ...
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of zeros in shared memory, of the same shape on every rank. A joint call, which waits."""
+        ...
+
+    def addresses(self, tensor: Tensor) -> Tensor:
+        """int64 `[size]` on the device: where this tensor of `empty`, or this view of it, begins on every rank.
+
+        To be asked before a graph is captured. Raises `KeyError` for another tensor.
+        """
+        ...
+
+    def barrier(self) -> None:
+        """On the current stream: goes on when every rank came here, and sees what they stored before. Joint."""
+        ...
+
+
+class SymmetricPeers:
+    """`Peers` of one machine's GPUs that reach each other, by PyTorch's symmetric memory.
+
+    timeout_s: a rank that waits longer for another ends with a CUDA error.
+    """
+
+    def __init__(self, group: ProcessGroup, device: torch.device, timeout_s: float) -> None:
+        self.rank, self.size = group.rank(), group.size()
+        self._group, self._device, self._timeout_ms = group, device, round(1000 * timeout_s)
+        self._shared: list[tuple[Tensor, Any]] = []  # allocations, and PyTorch's handles for them
+        self._addresses: dict[int, Tensor] = {}
+        self.empty((1,), torch.uint8)  # its signals serve every barrier
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See `Peers.empty`."""
+        import torch.distributed._symmetric_memory as symmetric
+
+        room = symmetric.empty(math.prod(shape), dtype=dtype, device=self._device).zero_()
+        torch.cuda.synchronize(self._device)  # nobody may write before these zeros
+        self._shared.append((room, symmetric.rendezvous(room, self._group)))
+        return room.view(tuple(shape))
+
+    def addresses(self, tensor: Tensor) -> Tensor:
+        """See `Peers.addresses`."""
+        here = tensor.data_ptr()
+        if here not in self._addresses:
+            offset, handle = next(
+                (here - room.data_ptr(), handle)
+                for room, handle in self._shared
+                if 0 <= here - room.data_ptr() < room.numel() * room.element_size()
+            )
+            found = [address + offset for address in handle.buffer_ptrs]
+            self._addresses[here] = torch.tensor(found, dtype=torch.int64, device=self._device)
+        return self._addresses[here]
+
+    def barrier(self) -> None:
+        """See `Peers.barrier`."""
+        self._shared[0][1].barrier(0, self._timeout_ms)
+
+
+def open_peers(group: ProcessGroup, device: torch.device, timeout_s: float) -> Peers | None:
+    """The peers of `group`, or None where they cannot reach each other; the log says why. A joint call."""
+    if device.type != "cuda" or group.size() == 1:
+        return None
+    abouts: list[tuple[str, int, str | None]] = [("", 0, None)] * group.size()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    dist.all_gather_object(abouts, (boot(), index, _switched_off()), group=group)
+    reason = why_apart(abouts, torch.cuda.can_device_access_peer)
+    if reason is None:
+        log.info("exchanges: kernels store on other ranks' GPUs themselves")
+        return SymmetricPeers(group, device, timeout_s)
+    log.info("exchanges: by NCCL (%s)", reason)
+    return None
+
+
+def why_apart(
+    ranks: Sequence[tuple[str, int, str | None]], reaches: Callable[[int, int], bool]
+) -> str | None:
+    """Why these ranks cannot write to each other's memory, in a few words; None: they can.
+
+    ranks: (start of the machine, number of the device there, what is against it on that rank). reaches: whether the
+    first device of this machine can map the second one's memory.
+    """
+    for _, _, against in ranks:
+        if against is not None:
+            return against
+    if len({machine for machine, _, _ in ranks}) > 1:
+        return "the ranks are on several machines"
+    for (_, a, _), (_, b, _) in itertools.permutations(ranks, 2):
+        if a != b and not reaches(a, b):
+            return f"cuda:{a} does not reach the memory of cuda:{b}"
+    return None
+
+
+def _switched_off() -> str | None:
+    if os.environ.get(SWITCH) == "0":
+        return f"switched off by {SWITCH}=0"
+    if os.environ.get(NCCL_SWITCH, "0") != "0":
+        return f"{NCCL_SWITCH} is set"
+    if not HAVE_TRITON:
+        return "Triton is not installed"
+    return None
