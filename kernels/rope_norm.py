@@ -69,6 +69,30 @@ def rope_norm_ref(
 if triton is not None:
 
     @triton.jit
+    def turned_row(
+        x_ptr, weight_ptr, cos_ptr, sin_ptr, place, rms,
+        EPS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+        NORM: tl.constexpr, ROPE: tl.constexpr,
+    ):  # fmt: skip
+        """One token, normalised (rms: its 1/rms, or None) and turned by row `place` of the tables, fp32 [BLOCK]."""
+        channel = tl.arange(0, BLOCK)
+        mask = channel < C
+        y = tl.load(x_ptr + channel, mask, 0.0).to(tl.float32)
+        if NORM:
+            weight = tl.load(weight_ptr + channel, mask, 0.0).to(tl.float32)
+            if rms is None:
+                rms = tl.rsqrt(tl.sum(y * y, axis=0) / C + EPS)
+            y = y * rms * weight
+        if ROPE:
+            pair = tl.arange(0, BLOCK // 2)
+            turn = place * (D // 2) + pair % (D // 2)
+            cos = tl.load(cos_ptr + turn, pair < C // 2, 0.0)
+            sin = tl.load(sin_ptr + turn, pair < C // 2, 0.0)
+            even, odd = tl.split(tl.reshape(y, (BLOCK // 2, 2)))
+            y = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
+        return y
+
+    @triton.jit
     def _rope_norm_kernel(
         x_ptr, weight_ptr, rms_ptr, cos_ptr, sin_ptr, out_ptr,
         tokens, x_batch, x_token, out_batch, out_token,
@@ -79,24 +103,14 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         batch, token = row // tokens, row % tokens
         channel = tl.arange(0, BLOCK)
-        mask = channel < C
-        y = tl.load(x_ptr + batch * x_batch + token * x_token + channel, mask, 0.0).to(tl.float32)
-        if NORM:
-            weight = tl.load(weight_ptr + channel, mask, 0.0).to(tl.float32)
-            if GIVEN_RMS:
-                y = y * tl.load(rms_ptr + row) * weight
-            else:
-                y = y * tl.rsqrt(tl.sum(y * y, axis=0) / C + EPS) * weight
-        if ROPE:
-            pair = tl.arange(0, BLOCK // 2)
-            place = token * (D // 2) + pair % (D // 2)
-            cos = tl.load(cos_ptr + place, pair < C // 2, 0.0)
-            sin = tl.load(sin_ptr + place, pair < C // 2, 0.0)
-            even, odd = tl.split(tl.reshape(y, (BLOCK // 2, 2)))
-            y = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
-        tl.store(
-            out_ptr + batch * out_batch + token * out_token + channel, y.to(out_ptr.dtype.element_ty), mask
-        )
+        x_ptr += batch * x_batch + token * x_token
+        if GIVEN_RMS:
+            rms = tl.load(rms_ptr + row)
+        else:
+            rms: tl.constexpr = None
+        y = turned_row(x_ptr, weight_ptr, cos_ptr, sin_ptr, token, rms, EPS, C, D, BLOCK, NORM, ROPE)
+        out_ptr += batch * out_batch + token * out_token
+        tl.store(out_ptr + channel, y.to(out_ptr.dtype.element_ty), channel < C)
 
 
 def rope_norm(

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from tests.parallel.file_peers import FilePeers
 from wanrt.models.fp8 import apply_fp8, dequantised_product
 from wanrt.models.kv_cache import CachePolicy, KVCache, Pass
 from wanrt.models.transformer import TransformerConfig, WanTransformer
@@ -31,10 +32,11 @@ def build(config, seed=0):
     return model
 
 
-def stream(model, config, policy, grid, chunks, heads=None, window=3):
+def stream(model, config, policy, grid, chunks, heads=None, window=3, empty=None):
     """Latents of every chunk, of a loop like the pipeline's: context or commit passes, a prompt change, a bias."""
+    sink = int(policy is CachePolicy.SINK)
     cache = KVCache.allocate(
-        config, policy=policy, frames=window, grid=grid, heads=heads, sink=int(policy is CachePolicy.SINK)
+        config, policy=policy, frames=window, grid=grid, heads=heads, sink=sink, empty=empty
     )
     generator = torch.Generator().manual_seed(5)
 
@@ -100,6 +102,29 @@ def test_four_ranks_make_what_one_makes(on_ranks):
     arguments = (SMALL, tuple(CachePolicy), GRID, 5)
     found = errors(on_ranks(4, both, 4, *arguments), *arguments)
     print(f"4 ranks: {max(found):.1e}")
+    assert max(found) <= TOLERANCE
+
+
+def through_memory(group, folder, topology, config, policies, grid, chunks):
+    """As `sharded`, where the ranks store in each other's memory."""
+    plan, peers = ShardPlan.of(Topology.parse(topology)), FilePeers(group, folder)
+    with torch.inference_mode():
+        model = apply(build(config), plan, group, peers)
+        heads = plan.local_heads(config.num_heads)
+        return [
+            stream(model, config, policy, grid, chunks, heads, empty=peers.empty).numpy()
+            for policy in policies
+        ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real kernels are tested instead")
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_that_share_memory_make_what_one_makes(on_ranks, tmp_path, ranks):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    arguments = (SMALL, tuple(CachePolicy), (2, 4), 4)
+    made = on_ranks(ranks, through_memory, str(tmp_path), f"ulysses={ranks}", *arguments)
+    found = errors([[rank] for rank in made], *arguments)
+    print(f"{ranks} ranks, shared memory: {max(found):.1e}")
     assert max(found) <= TOLERANCE
 
 

@@ -4,6 +4,8 @@ A start takes longer than a video here: each is rendered once, and the next one'
 pytest-xdist, `--dist loadgroup` keeps all of it in one worker, so that none renders what another has.
 """
 
+import os
+import signal
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -11,6 +13,7 @@ from functools import partial
 import pytest
 import torch
 
+from tests.pipeline.test_ranks import endless, rendered
 from wanrt.parallel.reserve import Reserve
 from wanrt.pipeline.bench import bench
 from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, make_recorder
@@ -100,3 +103,12 @@ def test_the_mesh_waits_for_nothing_but_the_anchor(videos):
     """Under PP1 a bubble longer than anchor decode + encode + transfer + 2 ms is a defect."""
     got = bench(replace(videos.job, topology="pp1+tp=1", precision="auto"), chunks=12)
     assert got.anchor_path.p50_ms < got.costs.decode + got.costs.encode + 0.5 + 2.0
+
+
+@pytest.mark.parametrize("topology", ["ulysses=2", "tp=2", "pp1+tp=1", "ulysses=2+vae=2"])
+def test_a_killed_rank_is_named_and_the_file_is_finished(videos, tmp_path, topology):
+    """Kernels and exchanges under way wait for a rank that is gone: nothing hangs, the video ends where it was."""
+    action = lambda processes: os.kill(processes[0].pid, signal.SIGKILL)  # noqa: E731
+    message, took = rendered(endless(replace(videos.job, precision="auto"), tmp_path, topology), action)
+    assert "(cuda:1) failed: killed by signal 9" in message
+    assert took < 15

@@ -30,7 +30,7 @@ anew.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -135,6 +135,7 @@ class KVCache:
         heads: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        empty: Callable[[Sequence[int], torch.dtype], Tensor] | None = None,
     ) -> KVCache:
         """An empty cache.
 
@@ -148,25 +149,24 @@ class KVCache:
             batch: streams side by side.
             heads: heads held here when another part of the program shards them; default all.
             device, dtype: of keys and values; the RoPE tables are fp32.
+            empty: where other ranks store keys and values: makes the buffers, of zeros.
 
         Raises:
             ValueError: frames, chunk or sink out of range.
         """
         _check_sizes(policy, frames, chunk, sink)
         tokens = grid[0] * grid[1]
-        shape = (batch, tokens, heads or config.num_heads, config.head_dim)
 
-        def empty(slots: int) -> Tensor:
+        def buffers(slots: int) -> tuple[Tensor, ...]:
             # zeros, not empty: a slot is written before it is attended, but NaN garbage would hide a mistake
-            return torch.zeros(shape[0], slots * shape[1], *shape[2:], device=device, dtype=dtype)
+            shape = (config.num_layers, batch, slots * tokens, heads or config.num_heads, config.head_dim)
+            whole = torch.zeros(shape, device=device, dtype=dtype) if empty is None else empty(shape, dtype)
+            return whole.unbind()
 
+        raw = [None] * config.num_layers if policy is CachePolicy.RECOMPUTE else buffers(frames)
         layers = [
-            CacheLayer(
-                empty(frames + chunk),
-                empty(frames + chunk),
-                None if policy is CachePolicy.RECOMPUTE else empty(frames),
-            )
-            for _ in range(config.num_layers)
+            CacheLayer(*parts)
+            for parts in zip(buffers(frames + chunk), buffers(frames + chunk), raw, strict=True)
         ]
         rope = RopeTable.build(config.head_dim, frames + chunk, grid, device=device)
         return cls(layers, rope, policy=policy, capacity=frames, chunk=chunk, grid=grid, sink=sink)
@@ -239,6 +239,12 @@ class KVCache:
         first = self._tokens(self.capacity)
         count = self._tokens(plan.frames)
         return ((slice(0, count), slice(first, first + count)),)
+
+    def frame_slots(self, plan: PassPlan) -> tuple[int, int]:
+        """(first, turn): frame f of a pass of F is kept in frame first + (f - turn) mod F of the buffer; as `slots`."""
+        if plan.pass_ is Pass.CONTEXT:
+            return self.capacity - plan.frames, 1
+        return self.capacity, 0
 
     def write(self, layer: CacheLayer, plan: PassPlan, key: Tensor, value: Tensor) -> None:
         """Copy rotated keys and values `[B, frames * tokens_per_frame, heads, head_dim]` to a pass's slots."""

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from wanrt.models.memory import CachedMemory, Memory
 from wanrt.models.transformer import RMSNorm, SelfAttention, WanTransformer
+from wanrt.parallel.peers import PeerRoom, Peers
 from wanrt.parallel.plan import ShardPlan, Slicer, Style
 from wanrt.parallel.tensor import RowParallelLinear, spread_elementwise
 from wanrt.parallel.topology import MeshKind
-from wanrt.parallel.ulysses import UlyssesAttention, UlyssesTransformer
+from wanrt.parallel.ulysses import PeerMemory, UlyssesAttention, UlyssesMemory, UlyssesTransformer
 
 
-def apply(model: WanTransformer, plan: ShardPlan, group: ProcessGroup) -> WanTransformer | UlyssesTransformer:
+def apply(
+    model: WanTransformer, plan: ShardPlan, group: ProcessGroup, peers: Peers | None = None
+) -> WanTransformer | UlyssesTransformer:
     """Split `model` over `group`: modules are replaced in place, parameter names stay.
 
     Works on a model built on meta (fill it afterwards, with `plan.slicer(group.rank())`) and on one with weights,
     of which this rank keeps its part. Its `KVCache` needs `heads=plan.local_heads(config.num_heads)`. Returns what
     to call instead of the model. Only inference: the collectives have no gradients.
+
+    peers: the group's shared memory, in which then the KV cache must be; None: collectives exchange.
 
     Raises `ValueError` when group and plan differ in size.
     """
@@ -27,7 +36,7 @@ def apply(model: WanTransformer, plan: ShardPlan, group: ProcessGroup) -> WanTra
     if plan.kind is MeshKind.TP:
         return _split_weights(model, plan, group)
     if plan.kind is MeshKind.ULYSSES:
-        return _share_tokens(model, group)
+        return _share_tokens(model, group, peers)
     return model
 
 
@@ -74,8 +83,12 @@ def _smaller_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _share_tokens(model: WanTransformer, group: ProcessGroup) -> UlyssesTransformer:
+def _share_tokens(model: WanTransformer, group: ProcessGroup, peers: Peers | None) -> UlyssesTransformer:
+    if peers is None:
+        reach: Callable[[CachedMemory], Memory] = partial(UlyssesMemory, group=group)
+    else:
+        reach = partial(PeerMemory, room=PeerRoom(peers))
     for name, module in list(model.named_modules()):
         if isinstance(module, SelfAttention):
-            model.set_submodule(name, UlyssesAttention(module, group))
+            model.set_submodule(name, UlyssesAttention(module, reach))
     return UlyssesTransformer(model, group)

@@ -21,11 +21,13 @@ from torch.distributed import ProcessGroup
 
 from wanrt.parallel.crew import boot
 from wanrt_kernels.adaln import HAVE_TRITON
+from wanrt_kernels.peer_barrier import barrier
 
 log = logging.getLogger("wanrt.parallel")
 
 SWITCH = "WANRT_PEERS"  # environment variable; 0: exchanges by NCCL, to compare
 NCCL_SWITCH = "NCCL_P2P_DISABLE"  # environment variable, set to 1 where GPUs must not reach each other
+ALIGNMENT = 16  # bytes
 
 
 class Peers(Protocol):
@@ -56,19 +58,45 @@ class Peers(Protocol):
         """On the current stream: goes on when every rank came here, and sees what they stored before. Joint."""
         ...
 
+    def close(self) -> None:
+        """No more waiting for anybody, whoever is gone: what is under way runs to its end, its results are void."""
+        ...
+
+
+class PeerRoom:
+    """Buffers in which ranks hand each other what a pass needs now: made by its first pass, kept, and used again."""
+
+    def __init__(self, peers: Peers) -> None:
+        self.peers = peers
+        self._rooms: dict[str, list[Tensor]] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The buffer of this name, as large as `shape`. A larger size than ever before is a joint call.
+
+        Smaller buffers stay where they are: captured graphs may use them.
+        """
+        rooms = self._rooms.setdefault(name, [])
+        count = math.prod(shape)
+        room = next((room for room in rooms if room.dtype == dtype and room.numel() >= count), None)
+        if room is None:
+            room = self.peers.empty((count,), dtype)
+            rooms.append(room)
+        return room[:count].view(tuple(shape))
+
 
 class SymmetricPeers:
-    """`Peers` of one machine's GPUs that reach each other, by PyTorch's symmetric memory.
+    """`Peers` of one machine's GPUs that reach each other, by PyTorch's symmetric memory."""
 
-    timeout_s: a rank that waits longer for another ends with a CUDA error.
-    """
-
-    def __init__(self, group: ProcessGroup, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self.rank, self.size = group.rank(), group.size()
-        self._group, self._device, self._timeout_ms = group, device, round(1000 * timeout_s)
+        self._group, self._device = group, device
         self._shared: list[tuple[Tensor, Any]] = []  # allocations, and PyTorch's handles for them
         self._addresses: dict[int, Tensor] = {}
-        self.empty((1,), torch.uint8)  # its signals serve every barrier
+        self._stop = torch.zeros(1, dtype=torch.int64).pin_memory()
+        self._count = torch.zeros(1, dtype=torch.int64, device=device)
+        counts = self.empty((self.size,), torch.int64)
+        stop = torch.tensor([self._stop.data_ptr()], device=device)
+        self._words = torch.cat((self.addresses(counts), stop))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Peers.empty`."""
@@ -83,21 +111,29 @@ class SymmetricPeers:
         """See `Peers.addresses`."""
         here = tensor.data_ptr()
         if here not in self._addresses:
-            offset, handle = next(
-                (here - room.data_ptr(), handle)
-                for room, handle in self._shared
-                if 0 <= here - room.data_ptr() < room.numel() * room.element_size()
-            )
-            found = [address + offset for address in handle.buffer_ptrs]
-            self._addresses[here] = torch.tensor(found, dtype=torch.int64, device=self._device)
+            self._addresses[here] = torch.tensor(self._find(here), dtype=torch.int64, device=self._device)
         return self._addresses[here]
 
+    def _find(self, here: int) -> list[int]:
+        for room, handle in self._shared:
+            offset = here - room.data_ptr()
+            if 0 <= offset < room.numel() * room.element_size():
+                assert offset % ALIGNMENT == 0, (
+                    f"{offset} bytes into shared memory: kernels store {ALIGNMENT} at a time"
+                )
+                return [address + offset for address in handle.buffer_ptrs]
+        raise KeyError(f"no shared memory at {here:#x}")
+
     def barrier(self) -> None:
-        """See `Peers.barrier`."""
-        self._shared[0][1].barrier(0, self._timeout_ms)
+        """See `Peers.barrier`. A kernel of the current stream; nothing waits on the host."""
+        barrier(self._words, self._count, self.rank)
+
+    def close(self) -> None:
+        """See `Peers.close`."""
+        self._stop.fill_(1)
 
 
-def open_peers(group: ProcessGroup, device: torch.device, timeout_s: float) -> Peers | None:
+def open_peers(group: ProcessGroup, device: torch.device) -> Peers | None:
     """The peers of `group`, or None where they cannot reach each other; the log says why. A joint call."""
     if device.type != "cuda" or group.size() == 1:
         return None
@@ -107,7 +143,7 @@ def open_peers(group: ProcessGroup, device: torch.device, timeout_s: float) -> P
     reason = why_apart(abouts, torch.cuda.can_device_access_peer)
     if reason is None:
         log.info("exchanges: kernels store on other ranks' GPUs themselves")
-        return SymmetricPeers(group, device, timeout_s)
+        return SymmetricPeers(group, device)
     log.info("exchanges: by NCCL (%s)", reason)
     return None
 

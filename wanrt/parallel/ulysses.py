@@ -1,8 +1,9 @@
 """Ulysses sequence parallelism (Jacobs et al. 2023, arXiv:2309.14509) around an untouched transformer.
 
-Every rank holds all weights and 1/N of the tokens of every latent frame. Only self-attention needs more: two
-all-to-alls (queries, keys and values there, outputs back) turn shares of tokens into shares of heads, so each
-rank's KV cache holds all tokens of its heads.
+Every rank holds all weights and 1/N of the tokens of every latent frame. Only self-attention needs more: shares of
+tokens become shares of heads and back, so each rank's KV cache holds all tokens of its heads. Where ranks reach each
+other's memory, queries, keys, values and outputs are stored at their places by the kernels that make them
+(`PeerMemory`), elsewhere two all-to-alls move them (`UlyssesMemory`).
 
 A share of tokens is made to look like a smaller video: its patches in one row, a "latent" of p x (m q) per frame.
 The model never looks at positions itself (the cache's RoPE table does), so it needs no word of all this.
@@ -10,7 +11,8 @@ The model never looks at positions itself (the cache's RoPE table does), so it n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ from wanrt.models.memory import CachedMemory, Elementwise, Memory, QKNorm, turn
 from wanrt.models.rope import RopeTable
 from wanrt.models.transformer import SelfAttention, TextKV, TimeEmbedding, WanTransformer
 from wanrt.parallel.collectives import gather, heads_to_tokens, tokens_to_heads
+from wanrt.parallel.peers import PeerRoom
+from wanrt_kernels.peer_heads import Share, scatter_heads, scatter_tokens
 from wanrt_kernels.quant_rows import Rows
 
 
@@ -90,15 +94,109 @@ class UlyssesMemory:
             memory.cache.commit(memory.layer, plan, raw, value)
 
 
-class UlyssesAttention(SelfAttention):
-    """The self-attention it is made from, with its memory reached through the group."""
+@dataclass(frozen=True)
+class PeerMemory:
+    """As `UlyssesMemory`, for ranks that store in each other's memory; the cache's buffers must be `Peers.empty`'s.
 
-    def __init__(self, whole: SelfAttention, group: ProcessGroup) -> None:
+    Two barriers a layer keep every store clear of every reader. Behind the first all ranks have stored what this layer
+    attends to; a rank comes to it having read the last layer's outputs, so they may be overwritten behind it. Behind
+    the second all have stored outputs; a rank comes to it having attended, and committed, so that queries, raw keys
+    and the cache may be overwritten behind it. The last layer of a pass without output has no second one: what it
+    reads behind the first it alone wrote, and the next pass has a first one before it gets there.
+    """
+
+    whole: CachedMemory
+    room: PeerRoom
+
+    @property
+    def ops(self) -> Elementwise:
+        """What runs between matrix products."""
+        return self.whole.ops
+
+    @property
+    def backend(self) -> AttentionBackend:
+        """What computes attention."""
+        return self.whole.backend
+
+    def attend(self, norms: QKNorm, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `UlyssesMemory.attend`, for a batch of 1. The result is overwritten by the next layer."""
+        memory, share, peers = self.whole, self._share(), self.room.peers
+        query = self._take("queries", norms.head_dim, q)
+        self._scatter(norms, q, norms.query, memory.rope, query, share)
+        raw = self._store(norms, k, v)
+        peers.barrier()
+        lo, hi = memory.cache.span(memory.plan)
+        keys, values = memory.layer.key[:, lo:hi], memory.layer.value[:, lo:hi]
+        out = attend(query, keys, values, memory.bias, backend=memory.backend)
+        self._commit(raw)
+        tokens = self.room.take(
+            "outputs", (1, q.shape[1], q.shape[2] // norms.head_dim, norms.head_dim), q.dtype
+        )
+        scatter_tokens(out[0], peers.addresses(tokens), share)
+        peers.barrier()
+        return tokens
+
+    def remember(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
+        """As `CachedMemory.remember`."""
+        raw = self._store(norms, k, v)
+        self.room.peers.barrier()
+        self._commit(raw)
+
+    def _store(self, norms: QKNorm, k: Tensor, v: Tensor) -> Tensor | None:
+        """Keys and values into every rank's cache; for a commit also the keys before rotation, which it gives."""
+        memory, share = self.whole, self._share()
+        first, turn = memory.cache.frame_slots(memory.plan)
+        slots = replace(share, first=first, turn=turn)
+        self._scatter(norms, k, norms.key, memory.rope, memory.layer.key, slots)
+        self._scatter(norms, v, None, None, memory.layer.value, slots)
+        if memory.plan.pass_ is not Pass.COMMIT:
+            return None
+        raw = self._take("raw keys", norms.head_dim, k)
+        self._scatter(norms, k, norms.key, None, raw, share)
+        return raw
+
+    def _commit(self, raw: Tensor | None) -> None:
+        if raw is not None:
+            memory = self.whole
+            ((_, chunk),) = memory.cache.slots(memory.plan)
+            memory.cache.commit(memory.layer, memory.plan, raw, memory.layer.value[:, chunk])
+
+    def _share(self) -> Share:
+        peers, plan = self.room.peers, self.whole.plan
+        return Share(peers.rank, peers.size, plan.frames, self.whole.rope.tokens_per_frame // peers.size)
+
+    def _take(self, name: str, head_dim: int, x: Tensor) -> Tensor:
+        """Room for all tokens of this rank's heads, `[1, F * N * m, H / N, D]`."""
+        ranks = self.room.peers.size
+        shape = (1, x.shape[1] * ranks, x.shape[2] // head_dim // ranks, head_dim)
+        return self.room.take(name, shape, x.dtype)
+
+    def _scatter(
+        self,
+        norms: QKNorm,
+        x: Tensor,
+        weight: Tensor | None,
+        rope: RopeTable | None,
+        to: Tensor,
+        share: Share,
+    ) -> None:
+        cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
+        addresses = self.room.peers.addresses(to)
+        scatter_heads(x, weight, cos, sin, addresses, share, head_dim=norms.head_dim, eps=norms.eps)
+
+
+class UlyssesAttention(SelfAttention):
+    """The self-attention it is made from, with its memory reached through the group.
+
+    reach: a `CachedMemory` of whole tokens as this rank's tokens see it.
+    """
+
+    def __init__(self, whole: SelfAttention, reach: Callable[[CachedMemory], Memory]) -> None:
         nn.Module.__init__(self)
         self.head_dim, self.eps = whole.head_dim, whole.eps
         self.q, self.k, self.v, self.o = whole.q, whole.k, whole.v, whole.o
         self.norm_q, self.norm_k, self.joined = whole.norm_q, whole.norm_k, whole.joined
-        self.group = group
+        self.reach = reach
 
     def forward(self, x: Tensor | Rows, memory: Memory) -> Tensor:
         """`[B, F * m, C]` to `[B, F * m, C]`."""
@@ -108,9 +206,9 @@ class UlyssesAttention(SelfAttention):
         """Keys and values only."""
         super().remember(x, self._shared(memory))
 
-    def _shared(self, memory: Memory) -> UlyssesMemory:
+    def _shared(self, memory: Memory) -> Memory:
         assert isinstance(memory, CachedMemory), "Ulysses is for inference: it needs a KV cache"
-        return UlyssesMemory(memory, self.group)
+        return self.reach(memory)
 
 
 @dataclass(frozen=True)

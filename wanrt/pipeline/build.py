@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -220,16 +220,32 @@ def local_codec(
     return LocalCodec(own, lanes)
 
 
+@dataclass(frozen=True)
+class CacheShare:
+    """A rank's part of a stream's KV cache.
+
+    Attributes:
+        heads: of a sharded transformer, how many this rank attends with; None: all.
+        empty: makes its buffers where other ranks store in them, see `KVCache.allocate`.
+    """
+
+    heads: int | None = None
+    empty: Callable[[Sequence[int], torch.dtype], torch.Tensor] | None = None
+
+
+WHOLE_CACHE = CacheShare()
+
+
 def make_mesh(
     job: RenderJob,
     transformer: WanTransformer,
     device: torch.device,
     wiring: Wiring,
     tuning: Tuning,
-    heads: int | None = None,
+    share: CacheShare = WHOLE_CACHE,
 ) -> Mesh:
-    """The mesh's part of one process. `heads`: of a sharded transformer, how many this rank attends with."""
-    denoiser = make_denoiser(job, transformer, device, wiring, tuning, heads)
+    """The mesh's part of one process."""
+    denoiser = make_denoiser(job, transformer, device, wiring, tuning, share)
     return Mesh(denoiser, mesh_settings(job), wiring.recorder, wiring.check)
 
 
@@ -239,10 +255,10 @@ def make_denoiser(
     device: torch.device,
     wiring: Wiring,
     tuning: Tuning,
-    heads: int | None = None,
+    share: CacheShare = WHOLE_CACHE,
 ) -> Denoiser:
-    """A transformer with a cache of its own, eager or as graphs. `heads` as in `make_mesh`."""
-    cache = allocate_cache(job, device, transformer.dtype, heads)
+    """A transformer with a cache of its own, eager or as graphs."""
+    cache = allocate_cache(job, device, transformer.dtype, share)
     return _denoiser(job, transformer, cache, device, wiring, tuning)
 
 
@@ -262,7 +278,7 @@ def mesh_settings(job: RenderJob) -> MeshSettings:
 
 
 def allocate_cache(
-    job: RenderJob, device: torch.device, dtype: torch.dtype, heads: int | None = None
+    job: RenderJob, device: torch.device, dtype: torch.dtype, share: CacheShare = WHOLE_CACHE
 ) -> KVCache:
     """The KV cache of one stream, with the preset's policy and the job's window."""
     from wanrt.models.kv_cache import CachePolicy, KVCache
@@ -274,9 +290,10 @@ def allocate_cache(
         grid=job.grid,
         chunk=CHUNK_LATENTS,
         sink=job.preset.cache.sink,
-        heads=heads,
+        heads=share.heads,
         device=device,
         dtype=dtype,
+        empty=share.empty,
     )
 
 

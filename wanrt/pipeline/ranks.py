@@ -27,6 +27,7 @@ from wanrt.parallel.crew import Crew, Recruit, boot
 from wanrt.parallel.reserve import Reserve
 from wanrt.parallel.team import Loading, Member, Ready, Spans, Team, answering
 from wanrt.pipeline.build import (
+    CacheShare,
     Tuning,
     Wiring,
     join_stage0,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
+    from wanrt.parallel.peers import Peers
     from wanrt.parallel.topology import Rank, Topology
     from wanrt.pipeline.loop import Pipeline
     from wanrt.pipeline.models import Stage0Models
@@ -274,8 +276,9 @@ def _join(plan: Assignment, device: torch.device, team: Team, wiring: Wiring, ow
     with answering(team, "warm-up broke off"):
         # in every rank's order, the mesh first: capturing graphs is a joint effort
         local = part = None
+        own.parts.extend(groups.shared)
         if groups.mesh is not None:
-            own.parts.append(local := _mesh_part(plan, groups.mesh, device, wiring, lanes))
+            own.parts.append(local := _mesh_part(plan, groups, device, wiring, lanes))
         if groups.vae is not None:
             own.parts.append(part := _vae_part(plan, groups.vae, models.vae, device, wiring, lanes))
         with timed(wiring.progress, "other ranks"):
@@ -342,7 +345,7 @@ def work(pipe: Connection, plan: Assignment) -> None:
         with lanes.main():
             serve(roles, _link(plan, device, groups), pipe, recorder)
     finally:
-        for part in roles.parts:
+        for part in (*groups.shared, *roles.parts):
             part.close()
 
 
@@ -366,26 +369,36 @@ def follow_runs(pipe: Connection, plan: Assignment) -> None:
 
 @dataclass(frozen=True)
 class Groups:
-    """The process groups this rank is in. down: stage 0 and the mesh, where there are others; None: not in it."""
+    """The process groups this rank is in. down: stage 0 and the mesh, where there are others; None: not in it.
+
+    mesh_peers: the memory that the mesh's ranks share, if they can.
+    """
 
     mesh: ProcessGroup | None
     vae: ProcessGroup | None
     down: ProcessGroup | None
+    mesh_peers: Peers | None
+
+    @property
+    def shared(self) -> tuple[Peers, ...]:
+        """To be closed before all else: what others wait for in vain must run to its end first."""
+        return () if self.mesh_peers is None else (self.mesh_peers,)
 
 
 def _enter(plan: Assignment, device: torch.device) -> Groups:
     """Joins the world and this rank's groups. Every rank makes the same calls."""
+    from wanrt.parallel.peers import open_peers
+
     ranks = plan.topology.ranks()
     join_group(
         plan.backend, plan.store, plan.rank, len(ranks), plan.watchdog_s, device, loopback=plan.one_machine
     )
     mesh = _group(plan, [rank.rank for rank in ranks if rank.mesh is not None])
-    if plan.topology.vae == 1:
-        return Groups(mesh, None, None)
-    vae = _group(plan, [rank.rank for rank in ranks if rank.vae is not None])
-    return Groups(
-        mesh, vae, _group(plan, [rank.rank for rank in ranks if rank.stage0 or rank.mesh is not None])
-    )
+    vae = down = None
+    if plan.topology.vae > 1:
+        vae = _group(plan, [rank.rank for rank in ranks if rank.vae is not None])
+        down = _group(plan, [rank.rank for rank in ranks if rank.stage0 or rank.mesh is not None])
+    return Groups(mesh, vae, down, None if mesh is None else open_peers(mesh, device))
 
 
 def _group(plan: Assignment, members: list[int]) -> ProcessGroup | None:
@@ -412,7 +425,7 @@ def _take_roles(
     from wanrt.pipeline.devices import choose_precision
     from wanrt.pipeline.models import load_streaming_vae
 
-    mesh = None if groups.mesh is None else _mesh_part(plan, groups.mesh, device, wiring, lanes)
+    mesh = None if groups.mesh is None else _mesh_part(plan, groups, device, wiring, lanes)
     part = None
     if groups.vae is not None:
         precision = choose_precision(plan.job.precision, device)
@@ -422,21 +435,23 @@ def _take_roles(
     return Roles(mesh, part, answers=plan.topology.pp1 and plan.rank == plan.topology.stage0_devices)
 
 
-def _mesh_part(
-    plan: Assignment, group: ProcessGroup, device: torch.device, wiring: Wiring, lanes: Lanes
-) -> Mesh:
+def _mesh_part(plan: Assignment, groups: Groups, device: torch.device, wiring: Wiring, lanes: Lanes) -> Mesh:
     from wanrt.parallel.plan import ShardPlan
+    from wanrt.parallel.topology import MeshKind
     from wanrt.pipeline.devices import choose_precision
     from wanrt.pipeline.models import Shard, load_transformer
 
-    job, shards = plan.job, ShardPlan.of(plan.topology)
+    assert groups.mesh is not None
+    job, shards, peers = plan.job, ShardPlan.of(plan.topology), groups.mesh_peers
     precision = choose_precision(job.precision, device)
     with lanes.main():
         transformer = load_transformer(
-            job, plan.files, device, precision, wiring.progress, Shard(shards, group)
+            job, plan.files, device, precision, wiring.progress, Shard(shards, groups.mesh, peers)
         )
         heads = shards.local_heads(job.preset.transformer.num_heads)
-        return make_mesh(job, transformer, device, wiring, plan.tuning, heads)
+        # under Ulysses the others store this rank's keys and values
+        empty = peers.empty if peers is not None and shards.kind is MeshKind.ULYSSES else None
+        return make_mesh(job, transformer, device, wiring, plan.tuning, CacheShare(heads, empty))
 
 
 def _vae_part(

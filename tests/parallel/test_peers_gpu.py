@@ -1,0 +1,86 @@
+"""Memory that two GPUs share: what one stores, the other sees behind a barrier, in graphs too."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from wanrt.parallel.peers import SymmetricPeers, open_peers
+
+pytestmark = pytest.mark.multigpu
+ROUNDS, WORDS = 400, 1 << 20
+
+
+def rounds(peers, device):
+    """Each round a rank stores its own numbers at the other, and reads its own: how many words were wrong."""
+    mine = peers.empty((WORDS,), torch.int64)
+    theirs = other_tensor(peers, mine)
+    step = torch.zeros((), dtype=torch.int64, device=device)
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    delay = torch.ones(1024, 1024, device=device)
+
+    def one():
+        step.add_(1)
+        theirs.fill_(1).mul_(step).mul_(peers.rank + 1)
+        if peers.rank:
+            torch.mm(delay, delay)
+        peers.barrier()
+        wrong.add_((mine != step * (2 - peers.rank)).sum())
+        peers.barrier()
+
+    one()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(4):
+            one()
+    for _ in range(ROUNDS // 4):
+        graph.replay()
+    torch.cuda.synchronize()
+    return wrong.item(), step.item()
+
+
+def other_tensor(peers, mine):
+    handle = next(handle for room, handle in peers._shared if room.data_ptr() == mine.data_ptr())
+    return handle.get_buffer(1 - peers.rank, mine.shape, mine.dtype)
+
+
+def rank_main(rank, store, results):
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    init = {"init_method": f"file://{store}", "rank": rank, "world_size": 2, "device_id": device}
+    dist.init_process_group("nccl", **init)
+    peers = open_peers(dist.group.WORLD, device)
+    assert isinstance(peers, SymmetricPeers)
+    found = rounds(peers, device)
+    dist.barrier()
+    if rank == 0:  # a barrier to which the other never comes
+        peers.barrier()
+        time.sleep(1)
+        assert not torch.cuda.current_stream().query()
+        peers.close()
+        started = time.monotonic()
+        torch.cuda.synchronize()
+        found = (*found, time.monotonic() - started)
+    results.put((rank, found))
+    dist.destroy_process_group()
+
+
+def test_stores_are_seen_and_a_missing_rank_is_not_waited_for(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [
+        context.Process(target=rank_main, args=(rank, str(tmp_path / "store"), results)) for rank in (0, 1)
+    ]
+    for process in ranks:
+        process.start()
+    found = dict(results.get(timeout=200) for _ in ranks)
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert found[0][:2] == found[1] == (0, ROUNDS + 1)
+    assert found[0][2] < 5
