@@ -25,7 +25,7 @@ def pictures(options, folder):
     "options",
     [
         ["--chunks", "4"],
-        ["--chunks", "4", "--preset", "self-forcing", "--random-weights", "--size", "576x320"],
+        ["--chunks", "4", "--preset", "self-forcing-1.3b", "--random-weights", "--size", "576x320"],
     ],
     ids=["wan-tiny", "self-forcing"],
 )
