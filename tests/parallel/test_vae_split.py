@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.parallel.file_peers import FilePeers
 from wanrt.errors import UsageError
 from wanrt.models.vae import VaeConfig, WanVae
 from wanrt.models.vae_fast import FastVae
 from wanrt.parallel.bands import Axis, Band, GroupNeighbours
+from wanrt.parallel.peer_bands import PeerNeighbours
 from wanrt.parallel.vae_split import SplitVae, split
 from wanrt.parallel.vae_traffic import VaeSizes, decode_exchange, encode_exchange
 
@@ -43,9 +45,9 @@ class Counting:
     def __init__(self, whole, size):
         self.whole, self.size, self.sent = whole, size, 0
 
-    def swap(self, first, last):
+    def swap(self, first, last, before, after, dim):
         self.sent += sum(line.nbytes for line in (first, last) if line is not None)
-        return self.whole.swap(first, last)
+        self.whole.swap(first, last, before, after, dim)
 
     def gather(self, own, lengths, dim):
         longest = own.nbytes // own.shape[dim] * max(lengths)
@@ -56,10 +58,17 @@ class Counting:
         return self.whole.collect(own, lengths, dim)
 
 
-def split_run(group, config, size, dtype, fast):
+def reach(group, folder):
+    """The neighbours through gloo, or with a folder through files that stand for GPUs' shared memory."""
+    if folder is None:
+        return GroupNeighbours(group)
+    return PeerNeighbours(FilePeers(group, folder), torch.device("cpu"))
+
+
+def split_run(group, config, size, dtype, fast, folder=None):
     """Two streams mixed latent by latent, the first one then again after a reset; anchors; a clip; bytes sent."""
     band = Band.of(*size, group.size(), group.rank())
-    neighbours = Counting(GroupNeighbours(group), group.size())
+    neighbours = Counting(reach(group, folder), group.size())
     vae = build(CONFIGS[config], dtype, fast)
     split(vae, band, neighbours)
     part = SplitVae(vae, band, neighbours)
@@ -82,6 +91,11 @@ def split_run(group, config, size, dtype, fast):
     whole = [x.numpy() for x in map(part.collect, pixels) if x is not None]
     clip = None if fast else vae.encode(pixels[0], vae.encoder_state()).numpy()
     return whole, torch.cat(anchors, dim=2).numpy(), clip, (decode, encode), first.nbytes
+
+
+def split_run_by_memory(group, *arguments):
+    """As `split_run`, where the ranks store in each other's memory; its last argument is the folder."""
+    return split_run(group, *arguments)
 
 
 def worst(got, want):
@@ -133,6 +147,28 @@ def test_bands_are_the_whole(on_ranks, ranks, config, size, dtype, fast):
     halos = 2 * (ranks - 1) / max(size)  # one line at every size, so the more of the whole the smaller
     assert state_bytes < sum(rank[4] for rank in found) < (1 + halos) * state_bytes
     check_bytes(found, CONFIGS[config], size, dtype.itemsize, fast)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real kernels are tested instead")
+@pytest.mark.parametrize(
+    ("ranks", "size", "fast"),
+    [
+        pytest.param(2, (3, 5), True, id="2 uneven columns, repacked"),
+        pytest.param(3, (4, 2), True, id="3 uneven rows, repacked"),
+        pytest.param(3, (2, 3), False, id="3 columns of one latent", marks=SLOW),
+    ],
+)
+def test_shared_memory_brings_what_messages_bring(on_ranks, tmp_path, ranks, size, fast):
+    """Pixels, anchors and the clip to the last bit, whatever number of exchanges a call has."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    want = on_ranks(ranks, split_run, "short", size, F32, fast)
+    (tmp_path / "memory").mkdir()
+    found = on_ranks(ranks, split_run_by_memory, "short", size, F32, fast, str(tmp_path / "memory"))
+    for (got, *rest), (pixels, *others) in zip(found, want, strict=True):
+        assert all((x == y).all() for x, y in zip(got, pixels, strict=True))
+        assert (rest[0] == others[0]).all()
+        assert fast or (rest[1] == others[1]).all()
+        assert rest[2] == others[2]
 
 
 def check_bytes(found, config, size, element, fast):

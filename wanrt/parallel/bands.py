@@ -90,8 +90,19 @@ class Band:
 class Neighbours(Protocol):
     """How bands reach each other. Every rank of a split makes the same calls in the same order."""
 
-    def swap(self, first: Tensor | None, last: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Give the band before my `first` line and the band behind my `last`; get theirs. None: no such band."""
+    def swap(
+        self,
+        first: Tensor | None,
+        last: Tensor | None,
+        before: Tensor | None,
+        after: Tensor | None,
+        dim: int,
+    ) -> None:
+        """Give the band before mine my `first` line and the one behind it my `last`; theirs are put in
+        `before` and `after`.
+
+        None: there is no such band. Lines are views of length 1 along `dim`.
+        """
         ...
 
     def gather(self, own: Tensor, lengths: Sequence[int], dim: int) -> Tensor:
@@ -109,24 +120,31 @@ class GroupNeighbours:
 
     group: ProcessGroup
 
-    def swap(self, first: Tensor | None, last: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def swap(
+        self,
+        first: Tensor | None,
+        last: Tensor | None,
+        before: Tensor | None,
+        after: Tensor | None,
+        dim: int,
+    ) -> None:
         """See `Neighbours.swap`. On CUDA nothing waits but the current stream."""
         rank = self.group.rank()
-        got: list[Tensor | None] = []
+        got: list[tuple[Tensor, Tensor]] = []
         operations: list[dist.P2POp] = []
-        for line, other in ((first, rank - 1), (last, rank + 1)):
-            if line is None:
-                got.append(None)
+        for line, into, other in ((first, before, rank - 1), (last, after, rank + 1)):
+            if line is None or into is None:
                 continue
             peer = dist.get_global_rank(self.group, other)
             sent = line.contiguous()
             received = torch.empty_like(sent)
             operations.append(dist.P2POp(dist.isend, sent, peer, self.group))
             operations.append(dist.P2POp(dist.irecv, received, peer, self.group))
-            got.append(received)
+            got.append((into, received))
         for work in dist.batch_isend_irecv(operations) if operations else ():
             work.wait()
-        return got[0], got[1]
+        for into, received in got:
+            into.copy_(received)
 
     def gather(self, own: Tensor, lengths: Sequence[int], dim: int) -> Tensor:
         """See `Neighbours.gather`. Shorter bands are padded to the longest, as an all-gather wants equal parts."""
@@ -165,17 +183,24 @@ class Seam:
 
     def refresh(self, x: Tensor) -> Tensor:
         """Overwrite the halo lines of `x` by what the neighbours have there. In place."""
-        before, after = self._swap(self.inner(x))
-        if before is not None:
-            x.narrow(self.dim, 0, 1).copy_(before)
-        if after is not None:
-            x.narrow(self.dim, x.shape[self.dim] - 1, 1).copy_(after)
+        before, after, behind = self.band.before, self.band.after, x.shape[self.dim] - 1
+        first, last = x.narrow(self.dim, before, 1), x.narrow(self.dim, behind - after, 1)
+        self.neighbours.swap(
+            first if before else None,
+            last if after else None,
+            x.narrow(self.dim, 0, 1) if before else None,
+            x.narrow(self.dim, behind, 1) if after else None,
+            self.dim,
+        )
         return x
 
     def extend(self, own: Tensor) -> Tensor:
         """Add the halo lines to a band's own lines."""
-        before, after = self._swap(own)
-        return torch.cat([part for part in (before, own, after) if part is not None], dim=self.dim)
+        shape = list(own.shape)
+        shape[self.dim] += self.band.before + self.band.after
+        x = own.new_empty(shape)
+        self.inner(x).copy_(own)
+        return self.refresh(x)
 
     def inner(self, x: Tensor) -> Tensor:
         """`x` without its halo lines. A view."""
@@ -192,10 +217,3 @@ class Seam:
     def cut(self, whole: Tensor) -> Tensor:
         """This band's latent lines and halo lines of a whole map. A view."""
         return self.band.part_with_halo(whole, self.dim)
-
-    def _swap(self, own: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        last = own.shape[self.dim] - 1
-        return self.neighbours.swap(
-            own.narrow(self.dim, 0, 1) if self.band.before else None,
-            own.narrow(self.dim, last, 1) if self.band.after else None,
-        )

@@ -224,22 +224,34 @@ def split_vae(
     job: RenderJob,
     precision: Precision,
     group: ProcessGroup,
+    peers: Peers | None,
     *,
     graphs: bool,
     progress: Progress = unheard,
 ) -> SplitVae:
-    """This rank's band of a VAE split over `group`, run as `streaming_vae` would; ranks must call it together."""
+    """This rank's band of a VAE split over `group`, run as `streaming_vae` would; ranks must call it together.
+
+    peers: the group's shared memory, through which bands then exchange lines; None: collectives exchange them.
+    """
     from wanrt.models.vae import WanVae
-    from wanrt.parallel.bands import Band, GroupNeighbours
+    from wanrt.parallel.bands import Band, GroupNeighbours, Neighbours
+    from wanrt.parallel.peer_bands import PeerNeighbours
     from wanrt.parallel.vae_split import SplitVae, split
 
     assert isinstance(vae, WanVae), "topology_of refuses to split another VAE"
     band = Band.of(*job.latent_size, group.size(), group.rank())
-    neighbours = GroupNeighbours(group)
+    neighbours: Neighbours = GroupNeighbours(group)
+    if peers is not None:
+        neighbours = PeerNeighbours(peers, next(vae.parameters()).device)
     fast = _repacked(vae, precision)
     split(fast, band, neighbours)
     log.info(
-        "VAE part %d: %d of %d latent %s", band.index, band.lengths[band.index], band.bounds[-1], band.axis
+        "VAE part %d: %d of %d latent %s, border lines %s",
+        band.index,
+        band.lengths[band.index],
+        band.bounds[-1],
+        band.axis,
+        "as messages" if peers is None else "stored by kernels in the neighbours' memory",
     )
     return SplitVae(_graphed(fast, band.size(*job.latent_size), graphs, progress), band, neighbours)
 

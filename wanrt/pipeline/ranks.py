@@ -280,7 +280,7 @@ def _join(plan: Assignment, device: torch.device, team: Team, wiring: Wiring, ow
         if groups.mesh is not None:
             own.parts.append(local := _mesh_part(plan, groups, device, wiring, lanes))
         if groups.vae is not None:
-            own.parts.append(part := _vae_part(plan, groups.vae, models.vae, device, wiring, lanes))
+            own.parts.append(part := _vae_part(plan, groups, models.vae, device, wiring, lanes))
         with timed(wiring.progress, "other ranks"):
             team.wait_ready(wiring.check)
     if part is not None:
@@ -371,18 +371,19 @@ def follow_runs(pipe: Connection, plan: Assignment) -> None:
 class Groups:
     """The process groups this rank is in. down: stage 0 and the mesh, where there are others; None: not in it.
 
-    mesh_peers: the memory that the mesh's ranks share, if they can.
+    mesh_peers, vae_peers: the memory that the mesh's ranks share, and the VAE's, if they can.
     """
 
     mesh: ProcessGroup | None
     vae: ProcessGroup | None
     down: ProcessGroup | None
     mesh_peers: Peers | None
+    vae_peers: Peers | None
 
     @property
     def shared(self) -> tuple[Peers, ...]:
         """To be closed before all else: what others wait for in vain must run to its end first."""
-        return () if self.mesh_peers is None else (self.mesh_peers,)
+        return tuple(peers for peers in (self.mesh_peers, self.vae_peers) if peers is not None)
 
 
 def _enter(plan: Assignment, device: torch.device) -> Groups:
@@ -398,7 +399,9 @@ def _enter(plan: Assignment, device: torch.device) -> Groups:
     if plan.topology.vae > 1:
         vae = _group(plan, [rank.rank for rank in ranks if rank.vae is not None])
         down = _group(plan, [rank.rank for rank in ranks if rank.stage0 or rank.mesh is not None])
-    return Groups(mesh, vae, down, None if mesh is None else open_peers(mesh, device))
+    # in the same order everywhere: opening is a joint call of those that share
+    mesh_peers, vae_peers = (None if group is None else open_peers(group, device) for group in (mesh, vae))
+    return Groups(mesh, vae, down, mesh_peers, vae_peers)
 
 
 def _group(plan: Assignment, members: list[int]) -> ProcessGroup | None:
@@ -430,7 +433,7 @@ def _take_roles(
     if groups.vae is not None:
         precision = choose_precision(plan.job.precision, device)
         vae = load_streaming_vae(plan.job, plan.files, device, precision, wiring.progress)
-        part = _vae_part(plan, groups.vae, vae, device, wiring, lanes)
+        part = _vae_part(plan, groups, vae, device, wiring, lanes)
     # the mesh's first rank sends latents up, if it is not stage 0 itself
     return Roles(mesh, part, answers=plan.topology.pp1 and plan.rank == plan.topology.stage0_devices)
 
@@ -456,7 +459,7 @@ def _mesh_part(plan: Assignment, groups: Groups, device: torch.device, wiring: W
 
 def _vae_part(
     plan: Assignment,
-    group: ProcessGroup,
+    groups: Groups,
     vae: StreamingVae,
     device: torch.device,
     wiring: Wiring,
@@ -465,11 +468,15 @@ def _vae_part(
     from wanrt.pipeline.devices import choose_precision
     from wanrt.pipeline.models import split_vae
 
-    precision = choose_precision(plan.job.precision, device)
+    assert groups.vae is not None
+    job, precision = plan.job, choose_precision(plan.job.precision, device)
     with lanes.main():
-        band = split_vae(vae, plan.job, precision, group, graphs=plan.tuning.graphs, progress=wiring.progress)
-    b, c, _, h, w = mesh_settings(plan.job).shape
-    return VaePart(band, group, (b, c, 1, h, w), device, lanes)
+        band = split_vae(
+            vae, job, precision, groups.vae, groups.vae_peers,
+            graphs=plan.tuning.graphs, progress=wiring.progress,
+        )  # fmt: skip
+    b, c, _, h, w = mesh_settings(job).shape
+    return VaePart(band, groups.vae, (b, c, 1, h, w), device, lanes)
 
 
 def _link(plan: Assignment, device: torch.device, groups: Groups) -> Link:
