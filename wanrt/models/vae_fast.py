@@ -206,7 +206,12 @@ class FastResidual(nn.Module):
 
 
 class FastAttention(nn.Module):
-    """Single-head self-attention within each frame. The scores' 1/sqrt(C) is folded into the query's weights."""
+    """Single-head self-attention within each frame. The scores' 1/sqrt(C) is folded into the query's weights.
+
+    Attributes:
+        around: from the normalised map of the pixels that ask to that of those that are attended to. The same ones;
+            hooks on it make it more.
+    """
 
     scale: Tensor
     qkv: Tensor
@@ -216,6 +221,7 @@ class FastAttention(nn.Module):
 
     def __init__(self, block: AttentionBlock, dtype: torch.dtype, frames: int) -> None:
         super().__init__()
+        self.around = nn.Identity()
         self.register_buffer("scale", _scale_of(block.norm))
         channels = block.proj.out_channels
         fold = torch.ones(3 * channels, 1, device=block.proj.weight.device)
@@ -228,13 +234,15 @@ class FastAttention(nn.Module):
     def forward(self, pending: Pending, stream: Stream) -> Pending:
         """Attend within each frame; needs no history."""
         normed, total = pending.finish(self.scale, silu=False)
-        q, k, v = F.linear(normed.flatten(1, 2), self.qkv, self.qkv_bias).chunk(3, dim=-1)
+        asking, asked, channels = normed.flatten(1, 2), self.around(normed).flatten(1, 2), normed.shape[-1]
+        q = F.linear(asking, self.qkv[:channels], self.qkv_bias[:channels])
+        k, v = F.linear(asked, self.qkv[channels:], self.qkv_bias[channels:]).chunk(2, dim=-1)
         mixed = _attend(q, k, v)
         return Pending(F.linear(mixed, self.proj, self.proj_bias).view_as(normed), residual=total)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T) v of [T, P, C] with fp32 scores.
+    """softmax(q k^T) v of [T, P, C] and twice [T, Q, C] with fp32 scores.
 
     No fused kernel of cuDNN or FlashAttention takes a head of 384 channels, and PyTorch's memory-efficient one
     needs 0.19 ms for 2880 tokens on H200: three plain steps over a small map are several times faster.

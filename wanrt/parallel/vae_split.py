@@ -10,8 +10,9 @@ just those lines. The rule behind the plan: **whatever a block is given, its hal
     nearest x2 + 3x3    two halo lines of which the inner one is right, since both came from a right one: the outer is
                         dropped. No exchange.
     3x3, stride 2       padded right and below only, so the halo line in front is dropped; new halos are exchanged.
-    attention           gathers its small map (C channels; keys and values would be 2 C) and is computed whole by
-                        every rank: 0.3 % of the arithmetic of a decode at 576x320, 0.5 % at 832x480.
+    attention           gathers its small map (C channels; keys and values would be 2 C). In `FastVae` every rank makes
+                        keys and values of all of it, and asks for its own and its halo lines only. In `WanVae` every
+                        rank computes it whole: 0.3 % of the arithmetic of a decode at 576x320, 0.5 % at 832x480.
     whole half          halos are added in front and dropped behind.
 
 The halo lines of the two remembered frames are kept in the slots, not exchanged: a convolution then exchanges T lines
@@ -35,7 +36,6 @@ from torch import Tensor, nn
 
 from wanrt.models.vae import AttentionBlock, CausalConv3d, Decoder, Encoder, VaeState, WanVae
 from wanrt.models.vae_fast import (
-    FastAttention,
     FastConv,
     FastDownsample,
     FastHalf,
@@ -80,7 +80,7 @@ FAST = (
     Rule(FastConv, r"(en|de)coder\.(blocks\.\d+\.)?conv[12]", Treatment.REFRESH),
     Rule(FastUpsample, r".*", Treatment.TRIM),
     Rule(FastDownsample, r".*", Treatment.SHIFT),
-    Rule(FastAttention, r".*", Treatment.WHOLE),
+    Rule(nn.Identity, r".*\.around", Treatment.WHOLE),
     Rule(FastHalf, r".*", Treatment.FRAME),
 )
 
@@ -142,11 +142,6 @@ def _treat_fast(seam: Seam) -> Treatments:
     def on_finished(change: Change) -> Change:
         return lambda pending: Pending(change(_finished(pending)).contiguous())
 
-    def cut(pending: Pending) -> Pending:
-        assert pending.residual is not None
-        x, residual = (seam.cut(part).contiguous() for part in (pending.x, pending.residual))
-        return replace(pending, x=x, residual=residual)
-
     def trim(pending: Pending) -> Pending:
         # the bias stays pending, so that it is added in fp32 as ever
         return Pending(seam.inner(_finished(replace(pending, bias=None))).contiguous(), pending.bias)
@@ -155,7 +150,7 @@ def _treat_fast(seam: Seam) -> Treatments:
         Treatment.REFRESH: (None, seam.refresh),
         Treatment.TRIM: (None, trim),
         Treatment.SHIFT: (on_finished(seam.without_first), lambda p: replace(p, x=seam.extend(p.x))),
-        Treatment.WHOLE: (on_finished(seam.whole), cut),
+        Treatment.WHOLE: (None, seam.whole),
         Treatment.FRAME: (seam.extend, seam.inner),
     }
 
