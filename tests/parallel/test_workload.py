@@ -129,12 +129,12 @@ def test_forwards_without_slack_are_the_floors(topology, forward):
 
 
 def test_a_split_vae_moves_borders_and_pixels():
-    """576x320, four bands of 18 latent columns: two borders of 40 lines' length, each size up to 320."""
+    """576x320, four bands of 10 latent rows: two borders of 72 latent pixels, each size up to 576."""
     moved = traffic(KREA, Topology.parse("pp1+tp=2+vae=4"))
     decode = decode_exchange(VaeSizes(96, 40, 72), 4, 2)
     encode = encode_exchange(VaeSizes(96, 40, 72), 4, 2)
     border = 16 + 5 * 384 + 6 * (384 + 384 * 2 * 2 + 192 * 4 * 4 + 96 * 4 * 8)
-    assert decode.bytes == 2 * 40 * (2 * border + 3 * 18 * 384)
+    assert decode.bytes == 2 * 72 * (2 * border + 3 * 10 * 384)
     assert moved.vae == 3 * decode.bytes + encode.bytes
     assert moved.pixels == 12 * 3 * 4 * 576 * 320 * 3 // 4
     assert traffic(KREA, Topology.parse("pp1+tp=2")).vae == 0

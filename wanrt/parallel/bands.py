@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import pairwise
 from typing import Protocol
 
@@ -17,14 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from wanrt.errors import UsageError
-
-
-class Axis(StrEnum):
-    """What the bands are stacked along."""
-
-    ROWS = "rows"
-    COLUMNS = "columns"
+from wanrt.parallel.vae_axis import Axis, axis_of
 
 
 @dataclass(frozen=True)
@@ -39,17 +31,14 @@ class Band:
     def of(cls, height: int, width: int, parts: int, index: int) -> Band:
         """Cut a latent of `height` x `width` into `parts`, as even as whole lines allow.
 
-        Along the longer side: its border lines are the shorter ones, so the exchanges are smaller (576x320: 40
-        values a channel for columns, 72 for rows), and the bands are wider against their halos.
-
-        Raises `UsageError` for more parts than lines.
+        Along `axis_of`. Raises `UsageError` for more parts than lines.
         """
-        lines = max(height, width)
-        if parts > lines:
-            raise UsageError(
-                f"vae={parts} > {lines}, the longer side of a latent of {width}x{height}; nearest valid: vae={lines}"
-            )
-        axis = Axis.ROWS if height >= width else Axis.COLUMNS
+        return cls.along(axis_of(height, width, parts), height, width, parts, index)
+
+    @classmethod
+    def along(cls, axis: Axis, height: int, width: int, parts: int, index: int) -> Band:
+        """As `of`, along this axis."""
+        lines = height if axis is Axis.ROWS else width
         return cls(axis, tuple(i * lines // parts for i in range(parts + 1)), index)
 
     @property

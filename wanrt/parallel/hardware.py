@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from wanrt.parallel.topology import MeshKind, Topology
+from wanrt.parallel.vae_axis import axis_of, band_cost
 from wanrt.parallel.vae_traffic import Exchange, decode_exchange, encode_exchange
 from wanrt.parallel.workload import Workload, operations, traffic
 from wanrt.telemetry.simulator import StageCosts
@@ -82,17 +83,14 @@ def mesh_ms(
 
 
 def vae_ms(alone: float, work: Workload, topology: Topology, exchange: Exchange, link: Link) -> float:
-    """Milliseconds of a VAE call that takes `alone` on one device: the widest band, its halos, the exchanges.
-
-    The halos' arithmetic is lines computed twice, at latent size one of the band's and half as many at each size
-    above; three in four operations are at the two largest sizes, so a quarter of a line on average.
-    """
+    """Milliseconds of a VAE call that takes `alone` on one device: the widest band's tiles, and the exchanges."""
     if topology.vae == 1:
         return alone
-    lines, sides = work.vae_sizes.lines, 1 if topology.vae == 2 else 2
-    band = -(-lines // topology.vae) + sides / 4
+    height, width = work.vae_sizes.height, work.vae_sizes.width
+    axis = axis_of(height, width, topology.vae)
+    share = band_cost(axis, height, width, topology.vae) / band_cost(axis, height, width, 1)
     rate, latency = LINKS[link]
-    return alone * band / lines + exchange.bytes / rate * 1e-6 + exchange.messages * latency * 1e-3
+    return alone * share + exchange.bytes / rate * 1e-6 + exchange.messages * latency * 1e-3
 
 
 def predict(work: Workload, topology: Topology, device: Device, link: Link) -> StageCosts:

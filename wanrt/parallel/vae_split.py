@@ -44,7 +44,8 @@ from wanrt.models.vae_fast import (
     Pending,
 )
 from wanrt.models.vae_graph import GraphedVae
-from wanrt.parallel.bands import Axis, Band, Neighbours, Seam
+from wanrt.parallel.bands import Band, Neighbours, Seam
+from wanrt.parallel.vae_axis import Axis
 
 PIXELS_PER_LATENT = 8
 

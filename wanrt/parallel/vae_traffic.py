@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from wanrt.parallel.vae_axis import Axis, axis_of
+
 LATENT_CHANNELS = 16
 PIXEL_CHANNELS = 3
 PIXELS_PER_LATENT = 8
@@ -25,15 +27,10 @@ class VaeSizes:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     temporal_downsample: tuple[bool, ...] = (False, True, True)
 
-    @property
-    def lines(self) -> int:
-        """Latent lines that bands are made of: the longer side."""
-        return max(self.height, self.width)
-
-    @property
-    def line(self) -> int:
-        """Values of one channel of one latent border line: the shorter side."""
-        return min(self.height, self.width)
+    def cut(self, parts: int) -> tuple[int, int]:
+        """(latent lines that `parts` bands are made of, values of one channel of one latent border line)."""
+        rows = axis_of(self.height, self.width, parts) is Axis.ROWS
+        return (self.height, self.width) if rows else (self.width, self.height)
 
     @property
     def deepest(self) -> int:
@@ -65,9 +62,9 @@ def _exchange(
     if parts == 1:
         return Exchange(0, 0)
     sides = 2 if parts > 2 else 1
-    longest = -(-vae.lines // parts)
-    values = sides * sum(lines) + (parts - 1) * longest * gathered
-    return Exchange(values * vae.line * element, len(lines) + gathers)
+    across, line = vae.cut(parts)
+    values = sides * sum(lines) + (parts - 1) * -(-across // parts) * gathered
+    return Exchange(values * line * element, len(lines) + gathers)
 
 
 def _decoder_lines(vae: VaeSizes) -> Iterator[int]:

@@ -94,7 +94,7 @@ class Workload:
     @property
     def shape(self) -> ModelShape:
         """What a split must divide."""
-        return ModelShape(self.heads, self.ffn_dim, self.frame_tokens, self.vae_sizes.lines)
+        return ModelShape(self.heads, self.ffn_dim, self.frame_tokens, max(self.height, self.width) // 8)
 
     @property
     def vae_sizes(self) -> VaeSizes:
