@@ -12,6 +12,8 @@
 // bits every time, whatever the tile. Clusters of two blocks that fetch their weights together were up to 2.4 times
 // slower (H100), and are not here.
 //
+// Only rows `first` to `last` - 1 of out are computed, in tiles that begin at `first`; all rows of frames are read.
+//
 // Given by the host: CHANNELS, OUTPUTS, BM, BN, STAGES, PACK (PTX that rounds two floats), and `wgmma`, written for BN
 // outputs.
 
@@ -101,19 +103,19 @@ __device__ __forceinline__ void transpose(u32 (&v)[4], int lane) {
 struct Tile {
     int x, y, t, o;
 
-    __device__ __forceinline__ Tile(int turn, int across, int down) {
+    __device__ __forceinline__ Tile(int turn, int across, int down, int first) {
         o = turn % N_TILES * BN;
         int index = turn / N_TILES;
         x = index % across * TILE_W;
         index /= across;
-        y = index % down * TILE_H;
+        y = first + index % down * TILE_H;
         t = index / down;
     }
 };
 
 extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
     const __grid_constant__ TensorMap frames, const __grid_constant__ TensorMap weights, uint4* out,
-    int turns, int across, int down, int height, int width) {
+    int turns, int across, int down, int height, int width, int first, int last) {
     extern __shared__ char shared[];
     const u32 base = ((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
     const u32 a_base = base, b_base = base + STAGES * A_STAGE;
@@ -134,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
             int stage = 0;
             u32 phase = 0;
             for (int turn = blockIdx.x; turn < turns; turn += gridDim.x) {
-                const Tile tile(turn, across, down);
+                const Tile tile(turn, across, down, first);
                 for (int step = 0; step < STEPS; ++step) {
                     const int row = step / CHUNKS, c = step % CHUNKS * KC;  // row of taps: 3 dt + dy
                     const u32 bar = full + 8 * stage;
@@ -184,14 +186,14 @@ extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             if (lane == 0) barrier_arrive(empty + 8 * before);
 
-            const Tile tile(turn, across, down);
+            const Tile tile(turn, across, down, first);
 #pragma unroll
             for (int m = 0; m < BLOCKS_M; ++m)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int row = (group * BLOCKS_M + m) * 64 + warp * 16 + half * 8 + lane / 4;
                     const int y = tile.y + row % TILE_H, x = tile.x + row / TILE_H;
-                    const bool inside = y < height && x < width;
+                    const bool inside = y < last && x < width;
                     const long long pixel = ((long long)tile.t * height + y) * width + x;
                     // lane q of four has outputs 2 q and 2 q + 1 of every group of 8, and stores every fourth group
                     uint4* to = out + (pixel * OUTPUTS + tile.o) / 8 + lane % 4;

@@ -32,11 +32,17 @@ TILES = {(256, 192): 1.0, (128, 192): 1.17, (256, 96): 0.97, (128, 96): 1.4}
 SWIZZLE, L2_PROMOTION = 2, 3  # CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 
 
-def conv_window_ref(window: Tensor, weight: Tensor) -> Tensor:
-    """Compute what `conv_window` computes, with PyTorch's own convolution. Same arguments, same result."""
+def conv_window_ref(window: Tensor, weight: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
+    """Compute what `conv_window` computes, with PyTorch's own convolution. Same arguments, same result.
+
+    Where that leaves rows unwritten, zeros are here.
+    """
     taps = weight.unflatten(1, (3, 3, 3, -1)).permute(0, 4, 1, 2, 3)
-    out = F.conv3d(window.permute(3, 0, 1, 2)[None], taps, padding=(0, 1, 1))
-    return out[0].permute(1, 2, 3, 0).contiguous()
+    out = F.conv3d(window.permute(3, 0, 1, 2)[None], taps, padding=(0, 1, 1))[0].permute(1, 2, 3, 0)
+    first, last = rows or (0, window.shape[1])
+    written = torch.zeros_like(out, memory_format=torch.contiguous_format)
+    written[:, first:last] = out[:, first:last]
+    return written
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class ConvConfig:
         return (SHARED_BYTES - SLACK_BYTES) // step
 
     def turns(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(tiles, which blocks take in turn, tiles across, tiles down)."""
+        """(tiles, which blocks take in turn, tiles across, tiles down) of so many rows to compute."""
         across, down = -(-width // self.tile_width), -(-height // TILE_HEIGHT)
         return across * down * frames * (self.outputs // self.columns), across, down
 
@@ -108,7 +114,7 @@ def forms(channels: int, outputs: int, kind: str) -> tuple[ConvConfig, ...]:
 def choose(options: tuple[ConvConfig, ...], clip: tuple[int, int, int], processors: int) -> ConvConfig:
     """The form that should be fastest: waves of tiles, times the products of a tile, times what each costs in it.
 
-    clip: frames, height, width.
+    clip: frames, rows to compute, width.
     """
 
     def cost(form: ConvConfig) -> float:
@@ -144,12 +150,13 @@ def unsupported(device: torch.device, channels: int, outputs: int, dtype: torch.
     return None
 
 
-def conv_window(window: Tensor, weight: Tensor) -> Tensor:
+def conv_window(window: Tensor, weight: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
     """Convolve [T + 2, H, W, C] with [O, 27 C] to [T, H, W, O]: valid in time, zeros around the picture.
 
     Args:
         window: contiguous, fp16 or bf16, on a device for which `unsupported` has nothing to say.
         weight: contiguous, in the window's dtype; 27 taps (time, row, column) of C channels for each output.
+        rows: (first, last): computes output rows `first` to `last` - 1 and leaves the others unwritten; None: all.
 
     Returns:
         A new tensor in the window's dtype, summed in fp32, without a bias.
@@ -158,19 +165,20 @@ def conv_window(window: Tensor, weight: Tensor) -> Tensor:
         ValueError: shapes, layout or dtypes that do not fit, with what was got and expected.
         NvrtcError: what the compiler or the driver says.
     """
-    _check(window, weight)
+    _check(window, weight, rows)
     frames, height, width, channels = window.shape
+    first, last = rows or (0, height)
     processors = torch.cuda.get_device_properties(window.device).multi_processor_count
     options = forms(channels, weight.shape[0], TYPES[window.dtype][0])
-    return launch(window, weight, choose(options, (frames - 2, height, width), processors))
+    return launch(window, weight, choose(options, (frames - 2, last - first, width), processors), rows)
 
 
-def launch(window: Tensor, weight: Tensor, form: ConvConfig) -> Tensor:
+def launch(window: Tensor, weight: Tensor, form: ConvConfig, rows: tuple[int, int] | None = None) -> Tensor:
     """Launch one form of the kernel; arguments as for `conv_window`, which has checked them."""
     frames, height, width, _ = window.shape
-    clip = (frames - 2, height, width)
-    out = window.new_empty(*clip, form.outputs)
-    turns, across, down = form.turns(*clip)
+    first, last = rows or (0, height)
+    out = window.new_empty(frames - 2, height, width, form.outputs)
+    turns, across, down = form.turns(frames - 2, last - first, width)
     code = TYPES[window.dtype][1]
     processors = torch.cuda.get_device_properties(window.device).multi_processor_count
     with torch.cuda.device(window.device):
@@ -179,17 +187,19 @@ def launch(window: Tensor, weight: Tensor, form: ConvConfig) -> Tensor:
             tensor_map(window.transpose(1, 2), (CHUNK, TILE_HEIGHT, form.tile_width + 2, 1), code),
             tensor_map(weight, (CHUNK, form.columns), code),
             ctypes.c_void_p(out.data_ptr()),
-            *(ctypes.c_int(value) for value in (turns, across, down, height, width)),
+            *(ctypes.c_int(value) for value in (turns, across, down, height, width, first, last)),
         )
         _function(form, window.device.index)(min(turns, processors), THREADS, arguments)
     return out
 
 
-def _check(window: Tensor, weight: Tensor) -> None:
+def _check(window: Tensor, weight: Tensor, rows: tuple[int, int] | None) -> None:
     if window.dim() != 4 or window.shape[0] < 3 or not window.is_contiguous():
         raise ValueError(
             f"window: got shape {tuple(window.shape)}, strides {window.stride()}; expected contiguous [T + 2, H, W, C]"
         )
+    if rows is not None and not 0 <= rows[0] < rows[1] <= window.shape[1]:
+        raise ValueError(f"rows: got {rows}, expected at least one of rows 0 to {window.shape[1] - 1}")
     reason = unsupported(window.device, window.shape[3], weight.shape[0], window.dtype)
     if reason is not None:
         raise ValueError(f"conv_window: {reason}; use conv_window_ref")

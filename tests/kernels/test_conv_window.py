@@ -43,6 +43,19 @@ def test_reference_is_a_causal_convolution():
     torch.testing.assert_close(conv_window_ref(window, packed(weight)), want)
 
 
+def test_reference_computes_only_the_rows_asked_for():
+    window, weight = draw(4, 6, 5, 8), draw(4, 27 * 8)
+    whole, part = conv_window_ref(window, weight), conv_window_ref(window, weight, (1, 5))
+    assert torch.equal(part[:, 1:5], whole[:, 1:5])
+    assert not part[:, [0, 5]].any()
+
+
+@pytest.mark.parametrize("rows", [(-1, 3), (0, 7), (3, 3)])
+def test_rows_outside_the_picture_are_refused(rows):
+    with pytest.raises(ValueError, match="expected at least one of rows 0 to 5"):
+        conv_window(draw(3, 6, 4, 96), draw(96, 27 * 96), rows)
+
+
 @pytest.mark.parametrize(("channels", "outputs"), SHAPES)
 def test_forms_fill_shared_memory_and_cover_the_channels(channels, outputs):
     found = forms(channels, outputs, "f16")
@@ -159,6 +172,25 @@ def test_as_exact_as_cudnn(channels, outputs, clip, dtype):
         assert got.shape == (*clip, outputs)
         assert error(got, exact) <= limit
         assert torch.equal(got, results[0]), "tiles of another size, or another run, must not round otherwise"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [(1, 33), (0, 32), (1, 9), (32, 33)])
+@pytest.mark.parametrize(("channels", "outputs"), [(96, 96), (192, 384)])
+def test_rows_are_those_of_the_whole_to_the_last_bit(monkeypatch, channels, outputs, rows):
+    if unsupported(torch.device("cuda", 0), channels, outputs, torch.float16) is not None:
+        pytest.skip("not a Hopper GPU")
+    window = draw(4, 33, 50, channels, device="cuda", dtype=torch.float16)
+    weight = draw(outputs, 27 * channels, device="cuda", dtype=torch.float16, scale=0.02)
+    want = conv_window(window, weight)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *shape: new_empty(x, *shape).fill_(7))
+    first, last = rows
+    for form in forms(channels, outputs, "f16"):
+        got = launch(window, weight, form, rows)
+        assert torch.equal(got[:, first:last], want[:, first:last])
+        assert (got[:, :first] == 7).all()
+        assert (got[:, last:] == 7).all()
 
 
 @pytest.mark.gpu

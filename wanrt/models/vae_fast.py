@@ -98,10 +98,14 @@ def _scale_of(norm: RMSNorm) -> Tensor:
     return norm.gamma.detach().float().flatten() * norm.scale
 
 
-def conv3d_nhwc(window: Tensor, weight: Tensor) -> Tensor:
-    """[T + 2, H, W, C] x [O, C, 3, 3, 3] (channels-last) -> [T, H, W, O], contiguous, without a bias."""
+def conv3d_nhwc(window: Tensor, weight: Tensor, unread: tuple[int, int] = (0, 0)) -> Tensor:
+    """[T + 2, H, W, C] x [O, C, 3, 3, 3] (channels-last) -> [T, H, W, O], contiguous, without a bias.
+
+    unread: rows at the top and the bottom whose results nobody reads: they may be anything.
+    """
     if why_not(window.device, weight.shape[1], weight.shape[0], window.dtype) is None:
-        return conv_window(window, weight.permute(0, 2, 3, 4, 1).flatten(1))
+        rows = unread[0], window.shape[1] - unread[1]
+        return conv_window(window, weight.permute(0, 2, 3, 4, 1).flatten(1), rows)
     out = convolve_window(window.permute(3, 0, 1, 2)[None], weight, None)
     return out[0].permute(1, 2, 3, 0).contiguous()  # a no-op on CUDA
 
@@ -118,6 +122,7 @@ class FastConv(nn.Module):
     Attributes:
         windows: whether it takes windows of a stream under way, or stacks.
         why_cudnn: None, or why cuDNN convolves them.
+        unread: rows of its results, at the top and the bottom, that nobody reads; (0, 0) unless set from outside.
     """
 
     steady: Tensor  # [O, C, 3, k, k] for windows, [O, 3C, k, k] for stacks
@@ -129,6 +134,7 @@ class FastConv(nn.Module):
     ) -> None:
         super().__init__()
         self.path = conv.path
+        self.unread = (0, 0)
         weight = F.pad(conv.weight.detach().float(), (0, 0) * 3 + (0, pad_in, 0, pad_out))
         self.why_cudnn: str | None = "not 3x3x3"
         if conv.kernel_size == (3, 3, 3):
@@ -147,7 +153,7 @@ class FastConv(nn.Module):
         if x.shape[-1] != self.last.shape[1]:
             return conv2d_nhwc(x, self.steady, padding=self.last.shape[-1] // 2)
         if self.windows and x.shape[0] > 1:
-            return conv3d_nhwc(x, self.steady)
+            return conv3d_nhwc(x, self.steady, self.unread)
         return conv2d_nhwc(x, self.last, padding=self.last.shape[-1] // 2)
 
 

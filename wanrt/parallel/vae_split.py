@@ -5,8 +5,9 @@ just those lines. The rule behind the plan: **whatever a block is given, its hal
 (norms, SiLU, time convolutions, skips) keeps that; the others are put right behind, or in front:
 
     3x3x3 convolution   its halo lines are garbage (they lack the neighbour's second line): overwritten in place by
-                        the neighbours' results. Computing them first costs 1/height more arithmetic and saves every
-                        copy that cropping and padding would cost.
+                        the neighbours' results, which saves every copy that cropping and padding would cost. Halo
+                        rows wanrt's Hopper kernel leaves out; halo columns, and all halo lines under cuDNN, are
+                        computed for nothing.
     nearest x2 + 3x3    two halo lines of which the inner one is right, since both came from a right one: the outer is
                         dropped. No exchange.
     3x3, stride 2       padded right and below only, so the halo line in front is dropped; new halos are exchanged.
@@ -103,6 +104,8 @@ def split(vae: WanVae | FastVae, band: Band, neighbours: Neighbours) -> None:
             if before is not None:
                 module.register_forward_pre_hook(_first_argument(before))
             module.register_forward_hook(_result(after))
+            if isinstance(module, FastConv) and band.axis is Axis.ROWS:
+                module.unread = (band.before, band.after)
 
 
 def _treatment(name: str, module: nn.Module, rules: tuple[Rule, ...]) -> Treatment | None:
