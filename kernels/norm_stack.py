@@ -28,6 +28,8 @@ try:
 except ImportError:  # a CPU build of PyTorch brings no Triton; `norm_stack_ref` serves there
     triton = None
 
+Margin = tuple[int, int, int, int]  # rows at the top and the bottom, columns at the left and the right
+NO_MARGIN: Margin = (0, 0, 0, 0)
 EPS = 1e-12  # torch.nn.functional.normalize's default, which the reference's RMS_norm uses
 
 
@@ -53,12 +55,15 @@ def norm_stack_ref(
     residual: Tensor | None = None,
     state: Tensor | None = None,
     unshuffle: bool = False,
+    margin: Margin = NO_MARGIN,
     silu: bool = True,
     window: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute what `norm_stack` computes, in plain PyTorch (fp32 inside). Same arguments, same results."""
     if unshuffle:
+        top, bottom, left, right = margin
         x = _unshuffle_ref(x)
+        x = x[:, top : x.shape[1] - bottom, left : x.shape[2] - right]
     total = x.float()
     if bias is not None:
         total = total + bias.float()
@@ -94,7 +99,7 @@ if triton is not None:
     @triton.jit
     def _norm_stack_kernel(
         x_ptr, bias_ptr, residual_ptr, scale_ptr, state_ptr, out_ptr, total_ptr,
-        pixels, width, x_frame,
+        pixels, width, x_frame, x_width, top, left,
         T: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
         HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
         STATE: tl.constexpr, WINDOW: tl.constexpr, KEEP_TOTAL: tl.constexpr, UNSHUFFLE: tl.constexpr,
@@ -106,8 +111,8 @@ if triton is not None:
         here = pixel[:, None] * C + channel[None, :]
         source = here
         if UNSHUFFLE:
-            row, column = pixel // width, pixel % width
-            slot = (row // 2 + row % 2) * (width // 2 + 1) + column // 2 + column % 2
+            row, column = pixel // width + top, pixel % width + left
+            slot = (row // 2 + row % 2) * x_width + column // 2 + column % 2
             source = (slot * 4 + (row % 2) * 2 + column % 2)[:, None] * C + channel[None, :]
         if HAS_BIAS:
             bias = tl.load(bias_ptr + channel, channel < C, 0.0).to(tl.float32)
@@ -161,6 +166,7 @@ def norm_stack(
     residual: Tensor | None = None,
     state: Tensor | None = None,
     unshuffle: bool = False,
+    margin: Margin = NO_MARGIN,
     silu: bool = True,
     window: bool = False,
     keep_total: bool = True,
@@ -178,6 +184,7 @@ def norm_stack(
         residual: [T, H, W, C], contiguous.
         state: [2, H, W, C], the two frames of `y` before this call; overwritten with the two newest.
         unshuffle: see `x`.
+        margin: with `unshuffle`, pixels at the edges that are left out: H and W, of all else, are without them.
         silu: apply SiLU after the norm.
         window: with `state`, make a window instead of stacks.
         keep_total: return `total` too (a later skip connection needs it).
@@ -190,8 +197,9 @@ def norm_stack(
     Raises:
         ValueError: shapes, layout or dtypes that do not fit, each with what was got and expected.
     """
-    _check(x, scale, bias, residual, state, unshuffle)
+    _check(x, scale, bias, residual, state, unshuffle, margin)
     options = {"bias": bias, "residual": residual, "state": state, "unshuffle": unshuffle, "silu": silu}
+    options["margin"] = margin
     options["window"] = window and state is not None
     if x.is_cuda and triton is not None:
         return launch(x, scale, keep_total=keep_total, **options)
@@ -207,12 +215,13 @@ def launch(
     residual: Tensor | None,
     state: Tensor | None,
     unshuffle: bool,
+    margin: Margin = NO_MARGIN,
     silu: bool,
     window: bool,
     keep_total: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the Triton kernel; arguments as for `norm_stack`, which has checked them."""
-    frames, height, width, channels = _clip_shape(x, unshuffle)
+    frames, height, width, channels = _clip_shape(x, unshuffle, margin)
     write = scale is not None or state is not None
     stacked = state is not None and not window
     out = x.new_empty(frames + 2 * window, height, width, channels * (3 if stacked else 1)) if write else x
@@ -221,7 +230,7 @@ def launch(
     pixels = height * width
     _norm_stack_kernel[(triton.cdiv(pixels, config.pixels),)](
         x, bias, residual, scale, state, out, total,
-        pixels, width, x.stride(0),
+        pixels, width, x.stride(0), x.shape[2], margin[0], margin[2],
         T=frames, C=channels, BLOCK_C=triton.next_power_of_2(channels), BLOCK_P=config.pixels,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, NORM=scale is not None, SILU=silu,
         STATE=state is not None, WINDOW=window, KEEP_TOTAL=total is not None, UNSHUFFLE=unshuffle, WRITE=write, EPS=EPS,
@@ -230,9 +239,12 @@ def launch(
     return (out, total) if write else (total, total)  # type: ignore[return-value]
 
 
-def _clip_shape(x: Tensor, unshuffle: bool) -> tuple[int, int, int, int]:
+def _clip_shape(x: Tensor, unshuffle: bool, margin: Margin) -> tuple[int, int, int, int]:
     frames, height, width, channels = x.shape
-    return (frames, 2 * (height - 1), 2 * (width - 1), channels // 4) if unshuffle else tuple(x.shape)
+    if not unshuffle:
+        return frames, height, width, channels
+    top, bottom, left, right = margin
+    return frames, 2 * (height - 1) - top - bottom, 2 * (width - 1) - left - right, channels // 4
 
 
 def _check(
@@ -242,12 +254,15 @@ def _check(
     residual: Tensor | None,
     state: Tensor | None,
     unshuffle: bool,
+    margin: Margin,
 ) -> None:
+    if margin != NO_MARGIN and not unshuffle:
+        raise ValueError(f"margin: got {margin}, expected {NO_MARGIN} without unshuffle")
     if x.dim() != 4 or not x.is_contiguous():
         raise ValueError(
             f"x: got shape {tuple(x.shape)}, strides {x.stride()}; expected contiguous [T, H, W, C]"
         )
-    frames, height, width, channels = _clip_shape(x, unshuffle)
+    frames, height, width, channels = _clip_shape(x, unshuffle, margin)
     expected = {
         "scale": (scale, (channels,)),
         "bias": (bias, (channels,)),

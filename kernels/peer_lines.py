@@ -203,12 +203,13 @@ def take_lines(before: Tensor | None, after: Tensor | None, room: Room) -> None:
         ValueError: as `send_lines`.
     """
     if before is None and after is None:
-        before = room.own[:0, :1]  # no rows: only the turn is counted
-    some = _one_of({"before": before, "after": after}, room)
+        some = room.own[:1, :1]  # never touched: only the turn is counted
+    else:
+        some = _one_of({"before": before, "after": after}, room)
     rows, columns = some.shape
     config = LineConfig.of(columns)
     own = room.places(some.dtype)
-    _take_lines_kernel[config.grid(max(1, rows), columns)](
+    _take_lines_kernel[config.grid(rows, columns)](
         some if before is None else before, some if after is None else after, own, room.turn,
         rows, columns, some.stride(0), own.stride(0), spacing(some.numel(), some.dtype),
         BEFORE=before is not None, AFTER=after is not None, BLOCK_R=config.rows, BLOCK_K=config.columns,

@@ -25,7 +25,10 @@ CASES = [
     (4, 5, 7, 96, {"state", "window", "bias", "residual", "total"}),
     (2, 4, 6, 24, {"state", "window", "bias", "unshuffle", "total"}),
     (3, 2, 5, 40, {"no-scale", "state", "window", "bias"}),
+    (2, 6, 4, 24, {"state", "window", "bias", "unshuffle", "rows-left-out", "total"}),
+    (1, 4, 6, 40, {"bias", "unshuffle", "columns-left-out", "total"}),
 ]
+MARGINS = {"rows-left-out": (1, 1, 0, 0), "columns-left-out": (0, 0, 1, 0)}  # of one pixel, as a split VAE
 
 
 def make(case, dtype, device):
@@ -36,6 +39,8 @@ def make(case, dtype, device):
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     shuffled = (frames, height // 2 + 1, width // 2 + 1, 4 * channels)
+    margin = next((MARGINS[name] for name in options & set(MARGINS)), (0, 0, 0, 0))
+    height, width = height - margin[0] - margin[1], width - margin[2] - margin[3]
     x = draw(*(shuffled if "unshuffle" in options else (frames, height, width, channels)))
     return (
         x,
@@ -45,6 +50,7 @@ def make(case, dtype, device):
             "residual": draw(frames, height, width, channels) if "residual" in options else None,
             "state": draw(2, height, width, channels) if "state" in options else None,
             "unshuffle": "unshuffle" in options,
+            "margin": margin,
             "silu": "no-silu" not in options,
             "window": "window" in options,
         },
@@ -107,5 +113,7 @@ def test_wrong_shapes_say_what_was_expected():
         ValueError, match=r"state: got shape \(1, 2, 2, 8\); expected contiguous \[2, 2, 2, 8\]"
     ):
         norm_stack(x, None, state=torch.zeros(1, 2, 2, 8))
+    with pytest.raises(ValueError, match="without unshuffle"):
+        norm_stack(x, None, margin=(1, 0, 0, 0))
     with pytest.raises(ValueError, match="strides"):
         norm_stack(x.transpose(1, 2), None)

@@ -40,7 +40,7 @@ from wanrt.models.vae import (
     convolve_window,
 )
 from wanrt_kernels.conv_window import conv_window, why_not
-from wanrt_kernels.norm_stack import norm_stack
+from wanrt_kernels.norm_stack import NO_MARGIN, Margin, norm_stack
 
 TENSOR_CORE_CHANNELS = 8  # cuDNN's tensor-core kernels want channel counts that divide by 8
 
@@ -49,13 +49,15 @@ TENSOR_CORE_CHANNELS = 8  # cuDNN's tensor-core kernels want channel counts that
 class Pending:
     """A convolution's raw output and what is still to be added to it.
 
-    `x` is [T, H, W, C], or [T, H/2 + 1, W/2 + 1, 4C] when `shuffled`; `bias` [C]; `residual` [T, H, W, C].
+    `x` is [T, H, W, C], or [T, H/2 + 1, W/2 + 1, 4C] when `shuffled`, with `margin` pixels at the edges that are then
+    left out; `bias` [C]; `residual` [T, H, W, C].
     """
 
     x: Tensor
     bias: Tensor | None = None
     residual: Tensor | None = None
     shuffled: bool = False
+    margin: Margin = NO_MARGIN
 
     def finish(
         self,
@@ -74,6 +76,7 @@ class Pending:
             residual=self.residual,
             state=state,
             unshuffle=self.shuffled,
+            margin=self.margin,
             silu=silu,
             window=window,
             keep_total=keep,

@@ -9,7 +9,7 @@ just those lines. The rule behind the plan: **whatever a block is given, its hal
                         rows wanrt's Hopper kernel leaves out; halo columns, and all halo lines under cuDNN, are
                         computed for nothing.
     nearest x2 + 3x3    two halo lines of which the inner one is right, since both came from a right one: the outer is
-                        dropped. No exchange.
+                        dropped, in `FastVae` by the next block when it reads. No exchange.
     3x3, stride 2       padded right and below only, so the halo line in front is dropped; new halos are exchanged.
     attention           gathers its small map (C channels; keys and values would be 2 C). In `FastVae` every rank makes
                         keys and values of all of it, and asks for its own and its halo lines only. In `WanVae` every
@@ -147,8 +147,9 @@ def _treat_fast(seam: Seam) -> Treatments:
         return lambda pending: Pending(change(_finished(pending)).contiguous())
 
     def trim(pending: Pending) -> Pending:
-        # the bias stays pending, so that it is added in fp32 as ever
-        return Pending(seam.inner(_finished(replace(pending, bias=None))).contiguous(), pending.bias)
+        before, after = seam.band.before, seam.band.after
+        rows = seam.band.axis is Axis.ROWS
+        return replace(pending, margin=(before, after, 0, 0) if rows else (0, 0, before, after))
 
     return {
         Treatment.REFRESH: (None, seam.refresh),
