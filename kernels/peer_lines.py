@@ -202,10 +202,8 @@ def take_lines(before: Tensor | None, after: Tensor | None, room: Room) -> None:
     Raises:
         ValueError: as `send_lines`.
     """
-    if before is None and after is None:
-        some = room.own[:1, :1]  # never touched: only the turn is counted
-    else:
-        some = _one_of({"before": before, "after": after}, room)
+    nothing = before is None and after is None  # then only the turn is counted
+    some = room.own[:1, :1] if nothing else _one_of({"before": before, "after": after}, room)
     rows, columns = some.shape
     config = LineConfig.of(columns)
     own = room.places(some.dtype)
