@@ -49,13 +49,20 @@ def other_tensor(peers, mine):
     return handle.get_buffer(1 - peers.rank, mine.shape, mine.dtype)
 
 
-def rank_main(rank, store, results):
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
+def joined(rank, store, device):
     init = {"init_method": f"file://{store}", "rank": rank, "world_size": 2, "device_id": device}
     dist.init_process_group("nccl", **init)
     peers = open_peers(dist.group.WORLD, device)
     assert isinstance(peers, SymmetricPeers)
+    return peers
+
+
+def rank_main(rank, store, results):
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    joined(rank, f"{store}-left", device)
+    dist.destroy_process_group()  # a second group in the same process: nothing of the first may be remembered
+    peers = joined(rank, store, device)
     found = rounds(peers, device)
     dist.barrier()
     if rank == 0:  # a barrier to which the other never comes

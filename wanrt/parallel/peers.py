@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -85,11 +86,20 @@ class PeerRoom:
 
 
 class SymmetricPeers:
-    """`Peers` of one machine's GPUs that reach each other, by PyTorch's symmetric memory."""
+    """`Peers` of one machine's GPUs that reach each other, by PyTorch's symmetric memory.
 
-    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+    name: the same on every rank, and never used before. Under a group's own name PyTorch would remember the store of a
+    group of that name that this process has left.
+    """
+
+    def __init__(self, group: ProcessGroup, device: torch.device, name: str) -> None:
+        from torch.distributed import distributed_c10d as c10d
+        from torch.distributed._symmetric_memory import _SymmetricMemory
+
         self.rank, self.size = group.rank(), group.size()
-        self._group, self._device = group, device
+        self._name, self._device = name, device
+        store = dist.PrefixStore(name, c10d._get_process_group_store(group))
+        _SymmetricMemory.set_group_info(name, self.rank, self.size, store)
         self._shared: list[tuple[Tensor, Any]] = []  # allocations, and PyTorch's handles for them
         self._addresses: dict[int, Tensor] = {}
         self._stop = torch.zeros(1, dtype=torch.int64).pin_memory()
@@ -104,7 +114,7 @@ class SymmetricPeers:
 
         room = symmetric.empty(math.prod(shape), dtype=dtype, device=self._device).zero_()
         torch.cuda.synchronize(self._device)  # nobody may write before these zeros
-        self._shared.append((room, symmetric.rendezvous(room, self._group)))
+        self._shared.append((room, symmetric.rendezvous(room, self._name)))
         return room.view(tuple(shape))
 
     def addresses(self, tensor: Tensor) -> Tensor:
@@ -137,13 +147,13 @@ def open_peers(group: ProcessGroup, device: torch.device) -> Peers | None:
     """The peers of `group`, or None where they cannot reach each other; the log says why. A joint call."""
     if device.type != "cuda" or group.size() == 1:
         return None
-    abouts: list[tuple[str, int, str | None]] = [("", 0, None)] * group.size()
     index = torch.cuda.current_device() if device.index is None else device.index
-    dist.all_gather_object(abouts, (boot(), index, _switched_off()), group=group)
-    reason = why_apart(abouts, torch.cuda.can_device_access_peer)
+    abouts: list[Any] = [None] * group.size()
+    dist.all_gather_object(abouts, (boot(), index, _switched_off(), uuid.uuid4().hex), group=group)
+    reason = why_apart([about[:3] for about in abouts], torch.cuda.can_device_access_peer)
     if reason is None:
         log.info("exchanges: kernels store on other ranks' GPUs themselves")
-        return SymmetricPeers(group, device)
+        return SymmetricPeers(group, device, f"wanrt-{abouts[0][3]}")
     log.info("exchanges: by NCCL (%s)", reason)
     return None
 
