@@ -110,11 +110,11 @@ class SymmetricPeers:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Peers.empty`."""
-        import torch.distributed._symmetric_memory as symmetric
+        from torch.distributed._symmetric_memory import _SymmetricMemory, empty
 
-        room = symmetric.empty(math.prod(shape), dtype=dtype, device=self._device).zero_()
+        room = empty(math.prod(shape), dtype=dtype, device=self._device).zero_()
         torch.cuda.synchronize(self._device)  # nobody may write before these zeros
-        self._shared.append((room, symmetric.rendezvous(room, self._name)))
+        self._shared.append((room, _SymmetricMemory.rendezvous(room, self._name)))
         return room.view(tuple(shape))
 
     def addresses(self, tensor: Tensor) -> Tensor:
