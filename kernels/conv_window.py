@@ -1,9 +1,11 @@
 """The causal 3x3x3 convolution over a window of frames, for Hopper: `conv_window.cu` and what surrounds it.
 
+Frames without a past meet only the last of three time taps: the same kernel convolves them with one, 3x3.
+
 cuDNN has faster and slower algorithms for it and no rule that finds the fast ones; a race finds them, but another one
 may win in another process and rounds otherwise. This kernel is one algorithm: same bits every time, nothing to race.
 
-Layout: channels last. T frames behind two older ones, C channels in, O out.
+Layout: channels last. T frames behind two older ones (with one time tap: none), C channels in, O out.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ SWIZZLE, L2_PROMOTION = 2, 3  # CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROM
 
 def conv_window_ref(window: Tensor, weight: Tensor) -> Tensor:
     """Compute what `conv_window` computes, with PyTorch's own convolution. Same arguments, same result."""
-    taps = weight.unflatten(1, (3, 3, 3, -1)).permute(0, 4, 1, 2, 3)
+    taps = weight.unflatten(1, (-1, 3, 3, window.shape[3])).permute(0, 4, 1, 2, 3)
     out = F.conv3d(window.permute(3, 0, 1, 2)[None], taps, padding=(0, 1, 1))
     return out[0].permute(1, 2, 3, 0).contiguous()
 
@@ -48,6 +50,7 @@ class ConvConfig:
         pixels: of a block's tile, 128 or 256; 8 high.
         columns: outputs of a tile.
         kind: "f16" or "bf16".
+        taps: in time, 3 or 1.
     """
 
     channels: int
@@ -55,6 +58,7 @@ class ConvConfig:
     pixels: int
     columns: int
     kind: str
+    taps: int = 3
 
     @property
     def tile_width(self) -> int:
@@ -75,8 +79,8 @@ class ConvConfig:
     def source(self) -> str:
         """The kernel's CUDA C++ with this form's numbers in front."""
         numbers = {
-            "CHANNELS": self.channels, "OUTPUTS": self.outputs, "BM": self.pixels, "BN": self.columns,
-            "STAGES": self.stages, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
+            "CHANNELS": self.channels, "OUTPUTS": self.outputs, "TAPS": self.taps, "BM": self.pixels,
+            "BN": self.columns, "STAGES": self.stages, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
         }  # fmt: skip
         defines = "".join(f"#define {name} {value}\n" for name, value in numbers.items())
         kernel = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
@@ -96,10 +100,10 @@ def wgmma_source(columns: int, kind: str) -> str:
 """
 
 
-def forms(channels: int, outputs: int, kind: str) -> tuple[ConvConfig, ...]:
+def forms(channels: int, outputs: int, kind: str, taps: int = 3) -> tuple[ConvConfig, ...]:
     """The kernel's forms for these sizes, large tiles first; none where it has none."""
     return tuple(
-        ConvConfig(channels, outputs, pixels, columns, kind)
+        ConvConfig(channels, outputs, pixels, columns, kind, taps)
         for pixels, columns in TILES
         if channels % CHUNK == 0 and outputs % columns == 0
     )
@@ -149,7 +153,8 @@ def conv_window(window: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         window: contiguous, fp16 or bf16, on a device for which `unsupported` has nothing to say.
-        weight: contiguous, in the window's dtype; 27 taps (time, row, column) of C channels for each output.
+        weight: contiguous, in the window's dtype; 27 taps (time, row, column) of C channels for each output. Or 9:
+            [T, H, W, C] with [O, 9 C] to [T, H, W, O], frame by frame.
 
     Returns:
         A new tensor in the window's dtype, summed in fp32, without a bias.
@@ -159,16 +164,22 @@ def conv_window(window: Tensor, weight: Tensor) -> Tensor:
         NvrtcError: what the compiler or the driver says.
     """
     _check(window, weight)
-    frames, height, width, channels = window.shape
+    channels = window.shape[3]
+    taps = weight.shape[1] // (9 * channels)
     processors = torch.cuda.get_device_properties(window.device).multi_processor_count
-    options = forms(channels, weight.shape[0], TYPES[window.dtype][0])
-    return launch(window, weight, choose(options, (frames - 2, height, width), processors))
+    options = forms(channels, weight.shape[0], TYPES[window.dtype][0], taps)
+    return launch(window, weight, choose(options, _clip(window, taps), processors))
+
+
+def _clip(window: Tensor, taps: int) -> tuple[int, int, int]:
+    """(frames, height, width) of the result."""
+    frames, height, width, _ = window.shape
+    return frames - taps + 1, height, width
 
 
 def launch(window: Tensor, weight: Tensor, form: ConvConfig) -> Tensor:
     """Launch one form of the kernel; arguments as for `conv_window`, which has checked them."""
-    frames, height, width, _ = window.shape
-    clip = (frames - 2, height, width)
+    clip = _clip(window, form.taps)
     out = window.new_empty(*clip, form.outputs)
     turns, across, down = form.turns(*clip)
     code = TYPES[window.dtype][1]
@@ -179,29 +190,32 @@ def launch(window: Tensor, weight: Tensor, form: ConvConfig) -> Tensor:
             tensor_map(window.transpose(1, 2), (CHUNK, TILE_HEIGHT, form.tile_width + 2, 1), code),
             tensor_map(weight, (CHUNK, form.columns), code),
             ctypes.c_void_p(out.data_ptr()),
-            *(ctypes.c_int(value) for value in (turns, across, down, height, width)),
+            *(ctypes.c_int(value) for value in (turns, across, down, *clip[1:])),
         )
         _function(form, window.device.index)(min(turns, processors), THREADS, arguments)
     return out
 
 
 def _check(window: Tensor, weight: Tensor) -> None:
-    if window.dim() != 4 or window.shape[0] < 3 or not window.is_contiguous():
+    if window.dim() != 4 or not window.is_contiguous():
         raise ValueError(
             f"window: got shape {tuple(window.shape)}, strides {window.stride()}; expected contiguous [T + 2, H, W, C]"
         )
-    reason = unsupported(window.device, window.shape[3], weight.shape[0], window.dtype)
+    frames, _, _, channels = window.shape
+    reason = unsupported(window.device, channels, weight.shape[0], window.dtype)
     if reason is not None:
         raise ValueError(f"conv_window: {reason}; use conv_window_ref")
     if (
-        weight.shape[1:] != (27 * window.shape[3],)
+        weight.shape[1:] not in ((27 * channels,), (9 * channels,))
         or weight.dtype != window.dtype
         or not weight.is_contiguous()
     ):
         raise ValueError(
             f"weight: got {weight.dtype} {tuple(weight.shape)}; expected contiguous {window.dtype} "
-            f"[O, {27 * window.shape[3]}]"
+            f"[O, {27 * channels}] or [O, {9 * channels}]"
         )
+    if frames < (taps := weight.shape[1] // (9 * channels)):
+        raise ValueError(f"window: got {frames} frames for {taps} taps in time; expected {taps} at least")
 
 
 @cache
