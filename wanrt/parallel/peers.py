@@ -11,9 +11,9 @@ import itertools
 import logging
 import math
 import os
-import uuid
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from wanrt.parallel.crew import boot
+from wanrt.parallel.cuda_ipc import Lent, borrow, give_back, lend
 from wanrt_kernels.adaln import HAVE_TRITON
+from wanrt_kernels.nvrtc import NvrtcError
 from wanrt_kernels.peer_barrier import barrier
 
 log = logging.getLogger("wanrt.parallel")
@@ -29,6 +31,11 @@ log = logging.getLogger("wanrt.parallel")
 SWITCH = "WANRT_PEERS"  # environment variable; 0: exchanges by NCCL, to compare
 NCCL_SWITCH = "NCCL_P2P_DISABLE"  # environment variable, set to 1 where GPUs must not reach each other
 ALIGNMENT = 16  # bytes
+T = TypeVar("T")
+
+
+class PeerError(RuntimeError):
+    """Ranks that cannot share memory, though their GPUs reach each other's."""
 
 
 class Peers(Protocol):
@@ -85,23 +92,20 @@ class PeerRoom:
         return room[:count].view(tuple(shape))
 
 
-class SymmetricPeers:
-    """`Peers` of one machine's GPUs that reach each other, by PyTorch's symmetric memory.
+class CudaPeers:
+    """`Peers` of one machine's GPUs that reach each other, each in a process of its own.
 
-    name: the same on every rank, and never used before. Under a group's own name PyTorch would remember the store of a
-    group of that name that this process has left.
+    Raises `PeerError`, on every rank, when one of them cannot share its memory or reach another's.
     """
 
-    def __init__(self, group: ProcessGroup, device: torch.device, name: str) -> None:
-        from torch.distributed import distributed_c10d as c10d
-        from torch.distributed._symmetric_memory import _SymmetricMemory
-
+    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self.rank, self.size = group.rank(), group.size()
-        self._name, self._device = name, device
-        store = dist.PrefixStore(name, c10d._get_process_group_store(group))
-        _SymmetricMemory.set_group_info(name, self.rank, self.size, store)
-        self._shared: list[tuple[Tensor, Any]] = []  # allocations, and PyTorch's handles for them
+        self._group, self._device = group, device
+        self._shared: list[tuple[Tensor, list[int]]] = []  # allocations, and where they begin on every rank
         self._addresses: dict[int, Tensor] = {}
+        self._borrowed: dict[bytes, int] = {}
+        # not before the last graph that stores there is gone: all that may, holds this object
+        weakref.finalize(self, _give_back, self._borrowed, device)
         self._stop = torch.zeros(1, dtype=torch.int64).pin_memory()
         self._count = torch.zeros(1, dtype=torch.int64, device=device)
         counts = self.empty((self.size,), torch.int64)
@@ -110,12 +114,33 @@ class SymmetricPeers:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Peers.empty`."""
-        from torch.distributed._symmetric_memory import _SymmetricMemory, empty
-
-        room = empty(math.prod(shape), dtype=dtype, device=self._device).zero_()
+        room = torch.zeros(math.prod(shape), dtype=dtype, device=self._device)
         torch.cuda.synchronize(self._device)  # nobody may write before these zeros
-        self._shared.append((room, _SymmetricMemory.rendezvous(room, self._name)))
+        lent = self._agree(lambda: lend(room))
+        addresses = self._agree(lambda: [self._borrow(rank, part, room) for rank, part in enumerate(lent)])
+        self._shared.append((room, addresses[self.rank]))
         return room.view(tuple(shape))
+
+    def _borrow(self, rank: int, lent: Lent, own: Tensor) -> int:
+        if rank == self.rank:
+            return own.data_ptr()
+        if lent.handle not in self._borrowed:  # small tensors share an allocation
+            self._borrowed[lent.handle] = borrow(lent.handle, self._device)
+        return self._borrowed[lent.handle] + lent.offset
+
+    def _agree(self, call: Callable[[], T]) -> list[T]:
+        """What the call gives on every rank. Raises `PeerError` on all when it fails on one."""
+        value = error = None
+        try:
+            value = call()
+        except NvrtcError as failure:
+            error = str(failure)
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, (value, error), group=self._group)
+        for rank, (_, error) in enumerate(found):
+            if error is not None:
+                raise PeerError(f"rank {rank} of the mesh: {error}")
+        return [value for value, _ in found]
 
     def addresses(self, tensor: Tensor) -> Tensor:
         """See `Peers.addresses`."""
@@ -125,13 +150,13 @@ class SymmetricPeers:
         return self._addresses[here]
 
     def _find(self, here: int) -> list[int]:
-        for room, handle in self._shared:
+        for room, addresses in self._shared:
             offset = here - room.data_ptr()
             if 0 <= offset < room.numel() * room.element_size():
                 assert offset % ALIGNMENT == 0, (
-                    f"{offset} bytes into shared memory: kernels store {ALIGNMENT} at a time"
+                    f"{offset} bytes into shared memory: kernels store {ALIGNMENT} at once"
                 )
-                return [address + offset for address in handle.buffer_ptrs]
+                return [address + offset for address in addresses]
         raise KeyError(f"no shared memory at {here:#x}")
 
     def barrier(self) -> None:
@@ -143,17 +168,25 @@ class SymmetricPeers:
         self._stop.fill_(1)
 
 
-def open_peers(group: ProcessGroup, device: torch.device) -> Peers | None:
-    """The peers of `group`, or None where they cannot reach each other; the log says why. A joint call."""
+def open_peers(group: ProcessGroup, device: torch.device, against: str | None = None) -> Peers | None:
+    """The peers of `group`, or None where they cannot share memory; the log says why. A joint call.
+
+    against: why this rank does without, in a few words, for the log.
+    """
     if device.type != "cuda" or group.size() == 1:
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
     abouts: list[Any] = [None] * group.size()
-    dist.all_gather_object(abouts, (boot(), index, _switched_off(), uuid.uuid4().hex), group=group)
-    reason = why_apart([about[:3] for about in abouts], torch.cuda.can_device_access_peer)
+    dist.all_gather_object(abouts, (boot(), index, against or _switched_off()), group=group)
+    reason = why_apart(abouts, torch.cuda.can_device_access_peer)
     if reason is None:
-        log.info("exchanges: kernels store on other ranks' GPUs themselves")
-        return SymmetricPeers(group, device, f"wanrt-{abouts[0][3]}")
+        try:
+            peers = CudaPeers(group, device)
+        except PeerError as error:
+            reason = str(error)
+        else:
+            log.info("exchanges: kernels store on other ranks' GPUs themselves")
+            return peers
     log.info("exchanges: by NCCL (%s)", reason)
     return None
 
@@ -175,6 +208,11 @@ def why_apart(
         if a != b and not reaches(a, b):
             return f"cuda:{a} does not reach the memory of cuda:{b}"
     return None
+
+
+def _give_back(borrowed: dict[bytes, int], device: torch.device) -> None:
+    for address in borrowed.values():
+        give_back(address, device)
 
 
 def _switched_off() -> str | None:

@@ -398,7 +398,9 @@ def _enter(plan: Assignment, device: torch.device) -> Groups:
     if plan.topology.vae > 1:
         vae = _group(plan, [rank.rank for rank in ranks if rank.vae is not None])
         down = _group(plan, [rank.rank for rank in ranks if rank.stage0 or rank.mesh is not None])
-    return Groups(mesh, vae, down, None if mesh is None else open_peers(mesh, device))
+    # kernels that store on other ranks look like kernels without a result to the compiler
+    against = "the compiler would drop what stores elsewhere" if plan.tuning.compile else None
+    return Groups(mesh, vae, down, None if mesh is None else open_peers(mesh, device, against))
 
 
 def _group(plan: Assignment, members: list[int]) -> ProcessGroup | None:
