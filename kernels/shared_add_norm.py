@@ -133,7 +133,9 @@ if triton is not None:
             normed, row_scale = quantise_row(normed)
         out = normed.to(out_ptr.dtype.element_ty)
         for i in tl.static_range(RANKS):
-            r = (rank + i) % RANKS  # each begins with itself: all at once would find the way to rank 0 too narrow
+            r = (
+                rank + i
+            ) % RANKS  # each begins with itself: all at once would find the way to rank 0 too narrow
             tl.store(pointer_on(r, out_ptr, outs) + there, out, mask)
             if QUANTISE:
                 tl.store(pointer_on(r, row_scale_ptr, row_scales) + token, row_scale)
@@ -226,9 +228,7 @@ def _launch(
     return total
 
 
-def _check(
-    x: Tensor, partial: Shared, gate: Tensor | None, scale: Tensor, shift: Tensor, rank: int
-) -> None:
+def _check(x: Tensor, partial: Shared, gate: Tensor | None, scale: Tensor, shift: Tensor, rank: int) -> None:
     ranks = len(partial.addresses)
     if x.dim() != 3 or x.shape[0] != 1 or not x.is_contiguous() or not 0 <= rank < ranks:
         raise ValueError(

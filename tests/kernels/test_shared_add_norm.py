@@ -140,13 +140,13 @@ def test_wrong_shapes_say_what_was_expected():
     partial, out = Shared.among(partials, 0), Shared.among(partials, 0)
     with pytest.raises(ValueError, match=r"partial: got .*\(1, 12, 96\).*; expected .*\(1, 24, 96\)"):
         shared_add_norm(torch.cat(shares, 1), partial, gate, scale, shift, out, rank=0, **options)
-    with pytest.raises(ValueError, match="rank 2; expected .* one of 2 ranks"):
+    with pytest.raises(ValueError, match=r"rank 2; expected .* one of 2 ranks"):
         shared_add_norm(shares[0], partial, gate, scale, shift, out, rank=2, **options)
+    scales = Shared.among([torch.zeros(1, 12)] * 2, 0)
     with pytest.raises(ValueError, match=r"row_scale: got .*\(1, 12\)"):
-        scales = Shared.among([torch.zeros(1, 12)] * 2, 0)
         shared_add_norm_rows(shares[0], partial, gate, scale, shift, out, scales, rank=0, **options)
-    with pytest.raises(ValueError, match=r"out: got addresses torch.int32"):
-        wrong = Shared(out.here, out.addresses.int())
+    wrong = Shared(out.here, out.addresses.int())
+    with pytest.raises(ValueError, match=r"out: got addresses torch\.int32"):
         shared_add_norm(shares[0], partial, gate, scale, shift, wrong, rank=0, **options)
     with pytest.raises(ValueError, match="scale: got shape"):
         shared_add_norm(shares[0], partial, gate, scale[..., :8], shift, out, rank=0, **options)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from wanrt.models.vae import WanVae
     from wanrt.models.vae_fast import FastVae
     from wanrt.models.vae_graph import GraphedVae
+    from wanrt.parallel.peers import Peers
     from wanrt.parallel.plan import ShardPlan
     from wanrt.parallel.vae_split import SplitVae
     from wanrt.script import Preset, RenderJob
@@ -51,10 +52,13 @@ class Stage0Models:
 
 @dataclass(frozen=True)
 class Shard:
-    """This process's share of the transformer: the plan, and the mesh's process group."""
+    """This process's share of the transformer: the plan, the mesh's process group and, where its GPUs reach each
+    other's memory, its peers.
+    """
 
     plan: ShardPlan
     group: ProcessGroup
+    peers: Peers | None = None
 
 
 def load_stage0(
@@ -116,7 +120,7 @@ def load_transformer(
         slicer = None
         if shard is not None:
             with torch_device("meta"):
-                callee = apply(model, shard.plan, shard.group)  # type: ignore[assignment]
+                callee = apply(model, shard.plan, shard.group, shard.peers)  # type: ignore[assignment]
             if shard.plan.kind is MeshKind.TP:  # else the weights are whole, and best mapped
                 slicer = shard.plan.slicer(shard.group.rank())
         if precision.fp8:
