@@ -30,20 +30,14 @@ class Shared(NamedTuple):
     here: Tensor
     addresses: Tensor
 
-    @classmethod
-    def among(cls, tensors: Sequence[Tensor], rank: int) -> Shared:
-        """For tests: rank `rank`'s view of N tensors of one process."""
-        addresses = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64)
-        return cls(tensors[rank], addresses.to(tensors[rank].device))
-
 
 if triton is not None:
 
     @triton.jit
     def pointer_on(rank, here_ptr, addresses_ptr):
         """Where a `Shared` begins on rank `rank`, a pointer of the same type as `here_ptr`."""
-        address = tl.multiple_of(tl.load(addresses_ptr + rank), 16)  # so that accesses may be 16 bytes wide
-        return address.to(tl.pointer_type(here_ptr.dtype.element_ty))
+        begin = tl.load(addresses_ptr + rank).to(tl.pointer_type(here_ptr.dtype.element_ty))
+        return tl.multiple_of(begin, 16)  # so that accesses are 16 bytes wide
 
 
 def check_shared(name: str, tensor: Shared, shape: Sequence[int], dtype: torch.dtype) -> None:

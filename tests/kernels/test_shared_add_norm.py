@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.kernels.ranks import among
+from wanrt_kernels.adaln import add_norm_ref
 from wanrt_kernels.quant_rows import FP8, Rows
 from wanrt_kernels.shared import Shared
 from wanrt_kernels.shared_add_norm import (
@@ -58,7 +60,7 @@ def compare(case, dtype, device):
     outs = [torch.full_like(part, torch.nan, dtype=normed_dtype) for part in partials]
     wanted = []
     for rank, x in enumerate(shares):
-        partial, out = (Shared.among(tensors, rank) for tensors in (partials, outs))
+        partial, out = (among(tensors, rank) for tensors in (partials, outs))
         total = shared_add_norm(x, partial, *modulation, out, rank=rank, **options)
         want, normed = shared_add_norm_ref(
             x, partials, *modulation, rank=rank, normed_dtype=normed_dtype, **options
@@ -95,7 +97,7 @@ def compare_rows(case, dtype, device):
     scales = [torch.zeros(*p.shape[:-1], 1, device=device) for p in partials]
     wanted = []
     for rank, x in enumerate(shares):
-        partial, out, scale = (Shared.among(tensors, rank) for tensors in (partials, values, scales))
+        partial, out, scale = (among(tensors, rank) for tensors in (partials, values, scales))
         total = shared_add_norm_rows(x, partial, *modulation, out, scale, rank=rank, **options)
         want, rows = shared_add_norm_rows_ref(x, partials, *modulation, rank=rank, **options)
         near(total, want, TOLERANCE[dtype])
@@ -124,8 +126,6 @@ def test_rows_equal_reference(case, dtype):
 
 
 def test_reference_is_add_norm_of_the_sum():
-    from wanrt_kernels.adaln import add_norm_ref
-
     shares, partials, modulation, options = make(CASES[0], torch.float32, "cpu")
     whole = add_norm_ref(torch.cat(shares, dim=1), sum(partials), *modulation, **options)
     parts = [
@@ -137,12 +137,12 @@ def test_reference_is_add_norm_of_the_sum():
 
 def test_wrong_shapes_say_what_was_expected():
     shares, partials, (gate, scale, shift), options = make(CASES[0], torch.float32, "cpu")
-    partial, out = Shared.among(partials, 0), Shared.among(partials, 0)
+    partial, out = among(partials, 0), among(partials, 0)
     with pytest.raises(ValueError, match=r"partial: got .*\(1, 12, 96\).*; expected .*\(1, 24, 96\)"):
         shared_add_norm(torch.cat(shares, 1), partial, gate, scale, shift, out, rank=0, **options)
     with pytest.raises(ValueError, match=r"rank 2; expected .* one of 2 ranks"):
         shared_add_norm(shares[0], partial, gate, scale, shift, out, rank=2, **options)
-    scales = Shared.among([torch.zeros(1, 12)] * 2, 0)
+    scales = among([torch.zeros(1, 12)] * 2, 0)
     with pytest.raises(ValueError, match=r"row_scale: got .*\(1, 12\)"):
         shared_add_norm_rows(shares[0], partial, gate, scale, shift, out, scales, rank=0, **options)
     wrong = Shared(out.here, out.addresses.int())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wanrt_kernels.shared import Shared
+from tests.kernels.ranks import among
 from wanrt_kernels.shared_mean_squares import mean_squares_ref, store_mean_squares
 
 TOLERANCE = 2e-6  # the sum is fp32 whatever is summed
@@ -39,7 +39,7 @@ def compare(case, dtype, device):
     projections = make(case, dtype, device)
     outs = [torch.full((ranks, count, batch, tokens), torch.nan, device=device) for _ in range(ranks)]
     for rank, parts in enumerate(projections):
-        store_mean_squares(parts, Shared.among(outs, rank), rank=rank)
+        store_mean_squares(parts, among(outs, rank), rank=rank)
     want = torch.stack([mean_squares_ref(parts) for parts in projections])
     for out in outs:
         torch.testing.assert_close(out, want, rtol=TOLERANCE, atol=0)
@@ -62,7 +62,7 @@ def test_kernel_equals_reference(case, dtype):
 
 def test_wrong_shapes_say_what_was_expected():
     x = torch.randn(1, 5, 8)
-    out = Shared.among([torch.zeros(2, 1, 1, 5)] * 2, 0)
+    out = among([torch.zeros(2, 1, 1, 5)] * 2, 0)
     with pytest.raises(ValueError, match=r"out: got .*\(2, 1, 1, 5\).*; expected .*\(2, 2, 1, 5\)"):
         store_mean_squares((x, x), out, rank=0)
     with pytest.raises(ValueError, match="expected one or two of the same"):

@@ -12,6 +12,7 @@ from tests.parallel.test_parity import FP8_SIZE, SMALL, TOLERANCE, build, errors
 from wanrt.models.fp8 import apply_fp8, dequantised_product
 from wanrt.models.kv_cache import CachePolicy, KVCache, Pass
 from wanrt.parallel.apply import apply
+from wanrt.parallel.fused_exchange import SharedBuffers
 from wanrt.parallel.plan import ShardPlan
 from wanrt.parallel.topology import Topology
 from wanrt_kernels.quant_rows import FP8, Rows
@@ -97,6 +98,31 @@ def test_fp8_ranks_make_what_one_makes(on_ranks, tmp_path):
         error = ((torch.from_numpy(made) - exact).norm() / exact.norm()).item()
         print(f"one {off:.1e}, two {error:.1e} from fp32")
         assert error < 1.3 * off
+
+
+class Alone:
+    """One rank, whose memory nobody shares."""
+
+    rank, size = 0, 1
+
+    def empty(self, shape, dtype):
+        return torch.zeros(shape, dtype=dtype)
+
+    def addresses(self, tensor):
+        return torch.tensor([tensor.data_ptr()])
+
+
+def test_buffers_grow_and_stay():
+    buffers = SharedBuffers(Alone())
+    with torch.inference_mode():
+        small = buffers.take("partial", (1, 4, 8), torch.float32)
+    small.here.fill_(1.0)  # taken in inference mode, yet writable outside
+    assert buffers.take("partial", (2, 8), torch.float32).here.data_ptr() == small.here.data_ptr()
+    assert buffers.take("partial", (1, 4, 8), torch.float16).here.data_ptr() != small.here.data_ptr()
+    large = buffers.take("partial", (1, 6, 8), torch.float32)
+    assert large.here.shape == (1, 6, 8)
+    assert large.addresses.item() == large.here.data_ptr() != small.here.data_ptr()
+    assert buffers.take("partial", (1, 4, 8), torch.float32).here.data_ptr() == large.here.data_ptr()
 
 
 def waits(group, folder):
