@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import pytest
 import torch
@@ -38,6 +39,15 @@ class Counting(FilePeers):
         super().barrier()
 
 
+class Late(FilePeers):
+    """`FilePeers` of which the last rank dawdles after every wait, while the others run as far as they may."""
+
+    def barrier(self):
+        super().barrier()
+        if self.rank == self.size - 1:
+            time.sleep(0.03)  # the others come to their next store in a third of it
+
+
 def fused(group, config, folder, peers=FilePeers):
     """A model whose collectives must not be called: it has nobody to call them with."""
     model = apply(
@@ -49,9 +59,9 @@ def fused(group, config, folder, peers=FilePeers):
     return model
 
 
-def spread(group, folder, config, policies, grid, chunks):
+def spread(group, folder, config, policies, grid, chunks, peers=FilePeers):
     with torch.inference_mode():
-        model = fused(group, config, folder)
+        model = fused(group, config, folder, peers)
         heads = config.num_heads // group.size()
         return [[stream(model, config, policy, grid, chunks, heads).numpy() for policy in policies]]
 
@@ -62,6 +72,15 @@ def test_two_ranks_make_what_one_makes(on_ranks, tmp_path):
     print(f"2 ranks: {max(found):.1e}")
     assert len(found) == 2 * 3
     assert max(found) <= TOLERANCE
+
+
+def late(group, folder, *arguments):
+    return spread(group, folder, *arguments, peers=Late)
+
+
+def test_a_late_rank_finds_what_was_meant_for_it(on_ranks, tmp_path):
+    arguments = (FP8_SIZE, (CachePolicy.RECOMPUTE,), GRID, 2)
+    assert max(errors(on_ranks(2, late, tmp_path, *arguments), *arguments)) <= TOLERANCE
 
 
 @pytest.mark.slow
