@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from wanrt.parallel.peers import CudaPeers, open_peers
-from wanrt_kernels.peer_heads import Share, scatter_tokens
+from wanrt_kernels.peer_heads import OwnTokens, scatter_tokens
 
 pytestmark = pytest.mark.multigpu
 ROUNDS, TOKENS, HEADS, HEAD_DIM = 400, 512, 8, 128
@@ -19,7 +19,7 @@ ROUNDS, TOKENS, HEADS, HEAD_DIM = 400, 512, 8, 128
 def rounds(peers, device):
     """Each round every rank stores its own number in all tokens of its heads: how many were wrong, of how many."""
     mine = peers.empty((TOKENS, 2 * HEADS, HEAD_DIM), torch.float32)
-    share = Share(peers.rank, 2, 1, TOKENS)
+    share = OwnTokens(peers.rank, 2, 1, TOKENS)
     step = torch.zeros((), device=device)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     delay = torch.ones(1024, 1024, device=device)

@@ -25,6 +25,7 @@ from wanrt.parallel.cuda_ipc import Lent, borrow, give_back, lend
 from wanrt_kernels.adaln import HAVE_TRITON
 from wanrt_kernels.nvrtc import NvrtcError
 from wanrt_kernels.peer_barrier import barrier
+from wanrt_kernels.shared import Shared
 
 log = logging.getLogger("wanrt.parallel")
 
@@ -71,25 +72,28 @@ class Peers(Protocol):
         ...
 
 
-class PeerRoom:
-    """Buffers in which ranks hand each other what a pass needs now: made by its first pass, kept, and used again."""
+class SharedBuffers:
+    """Buffers of `Peers`, each as large as was ever asked for. Every rank asks for the same, in the same order.
+
+    A buffer that became too small stays where it is: captured graphs know its address.
+    """
 
     def __init__(self, peers: Peers) -> None:
-        self.peers = peers
-        self._rooms: dict[str, list[Tensor]] = {}
+        self._peers = peers
+        self._buffers: dict[tuple[str, torch.dtype], Shared] = {}
 
-    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The buffer of this name, as large as `shape`. A larger size than ever before is a joint call.
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Shared:
+        """The beginning of the buffer of this name and dtype as contiguous `shape`."""
+        size = math.prod(shape)
+        found = self._buffers.get((name, dtype))
+        if found is None or found.here.numel() < size:
+            found = self._buffers[name, dtype] = self._allocate(size, dtype)
+        return Shared(found.here[:size].view(*shape), found.addresses)
 
-        Smaller buffers stay where they are: captured graphs may use them.
-        """
-        rooms = self._rooms.setdefault(name, [])
-        count = math.prod(shape)
-        room = next((room for room in rooms if room.dtype == dtype and room.numel() >= count), None)
-        if room is None:
-            room = self.peers.empty((count,), dtype)
-            rooms.append(room)
-        return room[:count].view(tuple(shape))
+    def _allocate(self, size: int, dtype: torch.dtype) -> Shared:
+        with torch.inference_mode(False):  # else later passes outside could not write to it
+            here = self._peers.empty((size,), dtype)
+            return Shared(here, self._peers.addresses(here))
 
 
 class CudaPeers:
