@@ -58,7 +58,7 @@ def add_norm_ref(
     normed_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute what `add_norm` computes, in plain differentiable PyTorch. Same arguments, same results."""
-    frames = _frames(gate, scale)
+    frames = frames_of(gate, scale)
     total = x.float().unflatten(1, (frames, -1))
     if update is not None:
         update = update.float().unflatten(1, (frames, -1))
@@ -91,12 +91,25 @@ def _rows(values: Tensor) -> Tensor:
     return values.float() if values.dim() == 1 else values.float().unsqueeze(2)
 
 
-def _frames(gate: Tensor | None, scale: Tensor) -> int:
+def frames_of(gate: Tensor | None, scale: Tensor) -> int:
     """How many latent frames the per-frame values speak of; 1 without any."""
     return next((v.shape[1] for v in (gate, scale) if v is not None and v.dim() == 3), 1)
 
 
 if triton is not None:
+
+    @triton.jit
+    def normalise_row(
+        total, mask, scale_ptrs, shift_ptrs, EPS: tl.constexpr, C: tl.constexpr, PLUS_ONE: tl.constexpr
+    ):
+        """LayerNorm and modulation of one token [BLOCK] fp32 with zeros from C on; zeros from C on."""
+        centred = tl.where(mask, total - tl.sum(total, axis=0) / C, 0.0)
+        normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / C + EPS)
+        scale = tl.load(scale_ptrs, mask, 0.0).to(tl.float32)
+        shift = tl.load(shift_ptrs, mask, 0.0).to(tl.float32)
+        if PLUS_ONE:
+            scale += 1.0
+        return normed * scale + shift  # past the end every load gave 0 and `centred` is 0
 
     @triton.jit
     def _add_norm_kernel(
@@ -121,17 +134,12 @@ if triton is not None:
                 update *= tl.load(gate_ptr + batch * gate_batch + frame * gate_frame + channel, mask, 0.0)
             total += update
             tl.store(total_ptr + here, total.to(total_ptr.dtype.element_ty), mask)
-        centred = tl.where(mask, total - tl.sum(total, axis=0) / C, 0.0)
-        normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / C + EPS)
-        scale = tl.load(scale_ptr + batch * scale_batch + frame * scale_frame + channel, mask, 0.0).to(
-            tl.float32
-        )
-        shift = tl.load(shift_ptr + batch * shift_batch + frame * shift_frame + channel, mask, 0.0).to(
-            tl.float32
-        )
-        if PLUS_ONE:
-            scale += 1.0
-        normed = normed * scale + shift  # 0 past the end, where every load gave 0 and `centred` is 0
+        normed = normalise_row(
+            total, mask,
+            scale_ptr + batch * scale_batch + frame * scale_frame + channel,
+            shift_ptr + batch * shift_batch + frame * shift_frame + channel,
+            EPS, C, PLUS_ONE,
+        )  # fmt: skip
         if QUANTISE:
             normed, row_scale = quantise_row(normed)
             tl.store(row_scale_ptr + row, row_scale)
@@ -255,15 +263,16 @@ def _launch(
     config = AddNormConfig.for_channels(channels)
     _add_norm_kernel[(batch * tokens,)](
         x, update, gate, scale, shift, total, out, row_scale,
-        tokens, tokens // _frames(gate, scale),
-        *_frame_strides(gate), *_frame_strides(scale), *_frame_strides(shift),
+        tokens, tokens // frames_of(gate, scale),
+        *frame_strides(gate), *frame_strides(scale), *frame_strides(shift),
         EPS=eps, C=channels, BLOCK=config.block,
         HAS_UPDATE=update is not None, HAS_GATE=gate is not None, PLUS_ONE=plus_one, QUANTISE=row_scale is not None,
         num_warps=config.warps,
     )  # fmt: skip
 
 
-def _frame_strides(values: Tensor | None) -> tuple[int, int]:
+def frame_strides(values: Tensor | None) -> tuple[int, int]:
+    """From one batch entry and from one latent frame to the next; 0 for values of all."""
     if values is None or values.dim() == 1:
         return 0, 0
     return values.stride(0), values.stride(1)
@@ -280,6 +289,11 @@ def _check(x: Tensor, update: Tensor | None, gate: Tensor | None, scale: Tensor,
         raise ValueError(
             f"update: got {update.dtype} {tuple(update.shape)}; expected contiguous {x.dtype} {tuple(x.shape)}, as x"
         )
+    check_modulation(x, gate, scale, shift)
+
+
+def check_modulation(x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor) -> None:
+    """Raise the ValueErrors of `add_norm` about its values per frame or channel."""
     frames = {v.shape[1] for v in (gate, scale, shift) if v is not None and v.dim() == 3}
     for name, values in (("gate", gate), ("scale", scale), ("shift", shift)):
         if values is not None and not _fits(values, x, name == "gate", frames):

@@ -2,7 +2,8 @@
 //
 //   out[t, y, x, o] = sum over dt, dy, dx, c of  frames[t + dt, y + dy - 1, x + dx - 1, c] * weights[o, dt, dy, dx, c]
 //
-// frames [T + 2, H, W, C], weights [O, 27 C], out [T, H, W, O]; sums in fp32. A block computes BM pixels (8 high) of one
+// dt from 0 to TAPS - 1: 3, or 1 for frames without a past, where the convolution is a plain 3x3. frames
+// [T + TAPS - 1, H, W, C], weights [O, TAPS * 9 C], out [T, H, W, O]; sums in fp32. A block computes BM pixels (8 high) of one
 // frame times BN outputs. One thread of the third warpgroup fetches, the first two warpgroups multiply half of the
 // pixels each. A step is a (dt, dy) and 32 channels: the copy engine reads a box of pixels shifted by dy, two columns
 // wider than the tile, and fills zeros outside the picture, so nothing is padded or unrolled in memory. In shared
@@ -14,7 +15,7 @@
 //
 // Only rows `first` to `last` - 1 of out are computed, in tiles that begin at `first`; all rows of frames are read.
 //
-// Given by the host: CHANNELS, OUTPUTS, BM, BN, STAGES, PACK (PTX that rounds two floats), and `wgmma`, written for BN
+// Given by the host: CHANNELS, OUTPUTS, TAPS, BM, BN, STAGES, PACK (PTX that rounds two floats), and `wgmma`, written for BN
 // outputs.
 
 typedef unsigned int u32;
@@ -31,7 +32,7 @@ constexpr int BLOCKS_M = BM / 128;    // 64-row products of a warpgroup
 constexpr int A_STAGE = (TILE_W + 2) * COLUMN;
 constexpr int B_TAP = BN * ROW, B_STAGE = 3 * B_TAP;
 constexpr int CHUNKS = CHANNELS / KC;
-constexpr int STEPS = 9 * CHUNKS;
+constexpr int STEPS = 3 * TAPS * CHUNKS;
 constexpr int N_TILES = OUTPUTS / BN;
 static_assert(BN % 32 == 0, "four lanes store four groups of 8 outputs");
 constexpr int CONSUMER_WARPS = 8;

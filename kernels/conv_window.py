@@ -1,9 +1,11 @@
 """The causal 3x3x3 convolution over a window of frames, for Hopper: `conv_window.cu` and what surrounds it.
 
+Frames without a past meet only the last of three time taps: the same kernel convolves them with one, 3x3.
+
 cuDNN has faster and slower algorithms for it and no rule that finds the fast ones; a race finds them, but another one
 may win in another process and rounds otherwise. This kernel is one algorithm: same bits every time, nothing to race.
 
-Layout: channels last. T frames behind two older ones, C channels in, O out.
+Layout: channels last. T frames behind two older ones (with one time tap: none), C channels in, O out.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def conv_window_ref(window: Tensor, weight: Tensor, rows: tuple[int, int] | None
 
     Where that leaves rows unwritten, zeros are here.
     """
-    taps = weight.unflatten(1, (3, 3, 3, -1)).permute(0, 4, 1, 2, 3)
+    taps = weight.unflatten(1, (-1, 3, 3, window.shape[3])).permute(0, 4, 1, 2, 3)
     out = F.conv3d(window.permute(3, 0, 1, 2)[None], taps, padding=(0, 1, 1))[0].permute(1, 2, 3, 0)
     first, last = rows or (0, window.shape[1])
     written = torch.zeros_like(out, memory_format=torch.contiguous_format)
@@ -54,6 +56,7 @@ class ConvConfig:
         pixels: of a block's tile, 128 or 256; 8 high.
         columns: outputs of a tile.
         kind: "f16" or "bf16".
+        taps: in time, 3 or 1.
     """
 
     channels: int
@@ -61,6 +64,7 @@ class ConvConfig:
     pixels: int
     columns: int
     kind: str
+    taps: int = 3
 
     @property
     def tile_width(self) -> int:
@@ -81,8 +85,8 @@ class ConvConfig:
     def source(self) -> str:
         """The kernel's CUDA C++ with this form's numbers in front."""
         numbers = {
-            "CHANNELS": self.channels, "OUTPUTS": self.outputs, "BM": self.pixels, "BN": self.columns,
-            "STAGES": self.stages, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
+            "CHANNELS": self.channels, "OUTPUTS": self.outputs, "TAPS": self.taps, "BM": self.pixels,
+            "BN": self.columns, "STAGES": self.stages, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
         }  # fmt: skip
         defines = "".join(f"#define {name} {value}\n" for name, value in numbers.items())
         kernel = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
@@ -102,10 +106,10 @@ def wgmma_source(columns: int, kind: str) -> str:
 """
 
 
-def forms(channels: int, outputs: int, kind: str) -> tuple[ConvConfig, ...]:
+def forms(channels: int, outputs: int, kind: str, taps: int = 3) -> tuple[ConvConfig, ...]:
     """The kernel's forms for these sizes, large tiles first; none where it has none."""
     return tuple(
-        ConvConfig(channels, outputs, pixels, columns, kind)
+        ConvConfig(channels, outputs, pixels, columns, kind, taps)
         for pixels, columns in TILES
         if channels % CHUNK == 0 and outputs % columns == 0
     )
@@ -155,7 +159,8 @@ def conv_window(window: Tensor, weight: Tensor, rows: tuple[int, int] | None = N
 
     Args:
         window: contiguous, fp16 or bf16, on a device for which `unsupported` has nothing to say.
-        weight: contiguous, in the window's dtype; 27 taps (time, row, column) of C channels for each output.
+        weight: contiguous, in the window's dtype; 27 taps (time, row, column) of C channels for each output. Or 9:
+            [T, H, W, C] with [O, 9 C] to [T, H, W, O], frame by frame.
         rows: (first, last): computes output rows `first` to `last` - 1 and leaves the others unwritten; None: all.
 
     Returns:
@@ -166,19 +171,27 @@ def conv_window(window: Tensor, weight: Tensor, rows: tuple[int, int] | None = N
         NvrtcError: what the compiler or the driver says.
     """
     _check(window, weight, rows)
-    frames, height, width, channels = window.shape
+    channels = window.shape[3]
+    taps = weight.shape[1] // (9 * channels)
+    frames, height, width = _clip(window, taps)
     first, last = rows or (0, height)
     processors = torch.cuda.get_device_properties(window.device).multi_processor_count
-    options = forms(channels, weight.shape[0], TYPES[window.dtype][0])
-    return launch(window, weight, choose(options, (frames - 2, last - first, width), processors), rows)
+    options = forms(channels, weight.shape[0], TYPES[window.dtype][0], taps)
+    return launch(window, weight, choose(options, (frames, last - first, width), processors), rows)
+
+
+def _clip(window: Tensor, taps: int) -> tuple[int, int, int]:
+    """(frames, height, width) of the result."""
+    frames, height, width, _ = window.shape
+    return frames - taps + 1, height, width
 
 
 def launch(window: Tensor, weight: Tensor, form: ConvConfig, rows: tuple[int, int] | None = None) -> Tensor:
     """Launch one form of the kernel; arguments as for `conv_window`, which has checked them."""
-    frames, height, width, _ = window.shape
+    frames, height, width = _clip(window, form.taps)
     first, last = rows or (0, height)
-    out = window.new_empty(frames - 2, height, width, form.outputs)
-    turns, across, down = form.turns(frames - 2, last - first, width)
+    out = window.new_empty(frames, height, width, form.outputs)
+    turns, across, down = form.turns(frames, last - first, width)
     code = TYPES[window.dtype][1]
     processors = torch.cuda.get_device_properties(window.device).multi_processor_count
     with torch.cuda.device(window.device):
@@ -194,24 +207,27 @@ def launch(window: Tensor, weight: Tensor, form: ConvConfig, rows: tuple[int, in
 
 
 def _check(window: Tensor, weight: Tensor, rows: tuple[int, int] | None) -> None:
-    if window.dim() != 4 or window.shape[0] < 3 or not window.is_contiguous():
+    if window.dim() != 4 or not window.is_contiguous():
         raise ValueError(
             f"window: got shape {tuple(window.shape)}, strides {window.stride()}; expected contiguous [T + 2, H, W, C]"
         )
-    if rows is not None and not 0 <= rows[0] < rows[1] <= window.shape[1]:
-        raise ValueError(f"rows: got {rows}, expected at least one of rows 0 to {window.shape[1] - 1}")
-    reason = unsupported(window.device, window.shape[3], weight.shape[0], window.dtype)
+    frames, height, _, channels = window.shape
+    if rows is not None and not 0 <= rows[0] < rows[1] <= height:
+        raise ValueError(f"rows: got {rows}, expected at least one of rows 0 to {height - 1}")
+    reason = unsupported(window.device, channels, weight.shape[0], window.dtype)
     if reason is not None:
         raise ValueError(f"conv_window: {reason}; use conv_window_ref")
     if (
-        weight.shape[1:] != (27 * window.shape[3],)
+        weight.shape[1:] not in ((27 * channels,), (9 * channels,))
         or weight.dtype != window.dtype
         or not weight.is_contiguous()
     ):
         raise ValueError(
             f"weight: got {weight.dtype} {tuple(weight.shape)}; expected contiguous {window.dtype} "
-            f"[O, {27 * window.shape[3]}]"
+            f"[O, {27 * channels}] or [O, {9 * channels}]"
         )
+    if frames < (taps := weight.shape[1] // (9 * channels)):
+        raise ValueError(f"window: got {frames} frames for {taps} taps in time; expected {taps} at least")
 
 
 @cache

@@ -22,9 +22,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wanrt_kernels.shared import Shared
+
 try:
     import triton
     import triton.language as tl
+
+    from wanrt_kernels.shared import pointer_on
 except ImportError:  # a CPU build of PyTorch brings no Triton; the references serve there
     triton = None
 
@@ -36,15 +40,18 @@ class Room:
     """Where a rank's lines arrive.
 
     Attributes:
-        own: uint8 [2, S], S a multiple of 16: this rank's, in memory that all can write.
-        addresses: int64 [N], on the device: of `own` on every rank.
+        memory: uint8 [2, S], S a multiple of 16.
         turn: int64 [2], on the device, zeros at first: number of the next exchange, and of the one under way. One for
             all rooms of a rank.
     """
 
-    own: Tensor
-    addresses: Tensor
+    memory: Shared
     turn: Tensor
+
+    @property
+    def own(self) -> Tensor:
+        """This rank's memory."""
+        return self.memory.here
 
     def places(self, dtype: torch.dtype) -> Tensor:
         """[2, values]: both sets as values of this type. A view."""
@@ -121,11 +128,6 @@ if triton is not None:
         return exchange % 2
 
     @triton.jit
-    def _there(addresses_ptr, rank, dtype: tl.constexpr):
-        address = tl.load(addresses_ptr + rank).to(tl.pointer_type(dtype))
-        return tl.multiple_of(address, 16)
-
-    @triton.jit
     def _send_lines_kernel(
         first_ptr, last_ptr, addresses_ptr, turn_ptr,
         rank, rows, columns, row_stride, set_stride, place_stride,
@@ -136,11 +138,11 @@ if triton is not None:
         here = row * row_stride + column
         if FIRST:
             values = tl.load(first_ptr + here, mask)
-            to = _there(addresses_ptr, rank - 1, first_ptr.dtype.element_ty)
+            to = pointer_on(rank - 1, first_ptr, addresses_ptr)
             tl.store(to + place_stride + place, values, mask)
         if LAST:
             values = tl.load(last_ptr + here, mask)
-            to = _there(addresses_ptr, rank + 1, last_ptr.dtype.element_ty)
+            to = pointer_on(rank + 1, last_ptr, addresses_ptr)
             tl.store(to + place, values, mask)
 
     @triton.jit
@@ -167,7 +169,7 @@ if triton is not None:
         place = _turn(turn_ptr, 0, 0) * set_stride + row * to_row_stride + start + column
         values = tl.load(part_ptr + row * row_stride + column, mask)
         for to in tl.static_range(RANKS):
-            tl.store(_there(addresses_ptr, to, part_ptr.dtype.element_ty) + place, values, mask)
+            tl.store(pointer_on(to, part_ptr, addresses_ptr) + place, values, mask)
 
 
 def send_lines(first: Tensor | None, last: Tensor | None, room: Room, rank: int) -> None:
@@ -185,7 +187,7 @@ def send_lines(first: Tensor | None, last: Tensor | None, room: Room, rank: int)
     rows, columns = some.shape
     config = LineConfig.of(columns)
     _send_lines_kernel[config.grid(rows, columns)](
-        some if first is None else first, some if last is None else last, room.addresses, room.turn,
+        some if first is None else first, some if last is None else last, room.memory.addresses, room.turn,
         rank, rows, columns, some.stride(0), room.places(some.dtype).stride(0), spacing(some.numel(), some.dtype),
         FIRST=first is not None, LAST=last is not None, BLOCK_R=config.rows, BLOCK_K=config.columns,
         num_warps=config.warps,
@@ -233,7 +235,7 @@ def send_part(part: Tensor, room: Room, *, ranks: int, columns: int, start: int)
         raise ValueError(f"part: got columns {start} to {start + own}, expected within {columns}")
     config = LineConfig.of(own)
     _send_part_kernel[config.grid(rows, own)](
-        part, room.addresses, room.turn,
+        part, room.memory.addresses, room.turn,
         rows, own, part.stride(0), room.places(part.dtype).stride(0), columns, start,
         RANKS=ranks, BLOCK_R=config.rows, BLOCK_K=config.columns, num_warps=config.warps,
     )  # fmt: skip

@@ -50,14 +50,14 @@ def rope_norm_ref(
     head_dim: int,
     eps: float,
     out: Tensor | None = None,
-    inverse_rms: Tensor | None = None,
+    mean_squares: Tensor | None = None,
 ) -> Tensor:
     """Compute what `rope_norm` computes, in plain PyTorch; differentiable without `out`."""
     y = x.float()
     if weight is not None:
-        if inverse_rms is None:
-            inverse_rms = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-        y = y * inverse_rms * weight.float()
+        if mean_squares is None:
+            mean_squares = y.square().mean(-1, keepdim=True)
+        y = y * torch.rsqrt(mean_squares.mean(-1, keepdim=True) + eps) * weight.float()
     y = y.unflatten(-1, (-1, head_dim))
     if cos is not None and sin is not None:
         even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
@@ -70,19 +70,22 @@ if triton is not None:
 
     @triton.jit
     def turned_row(
-        x_ptr, weight_ptr, cos_ptr, sin_ptr, place, rms,
+        x_ptr, weight_ptr, cos_ptr, sin_ptr, place, squares,
         EPS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
         NORM: tl.constexpr, ROPE: tl.constexpr,
     ):  # fmt: skip
-        """One token, normalised (rms: its 1/rms, or None) and turned by row `place` of the tables, fp32 [BLOCK]."""
+        """One token, normalised and turned by row `place` of the tables, fp32 [BLOCK].
+
+        squares: the mean of its squares; None: found here.
+        """
         channel = tl.arange(0, BLOCK)
         mask = channel < C
         y = tl.load(x_ptr + channel, mask, 0.0).to(tl.float32)
         if NORM:
             weight = tl.load(weight_ptr + channel, mask, 0.0).to(tl.float32)
-            if rms is None:
-                rms = tl.rsqrt(tl.sum(y * y, axis=0) / C + EPS)
-            y = y * rms * weight
+            if squares is None:
+                squares = tl.sum(y * y, axis=0) / C
+            y = y * tl.rsqrt(squares + EPS) * weight
         if ROPE:
             pair = tl.arange(0, BLOCK // 2)
             turn = place * (D // 2) + pair % (D // 2)
@@ -94,21 +97,25 @@ if triton is not None:
 
     @triton.jit
     def _rope_norm_kernel(
-        x_ptr, weight_ptr, rms_ptr, cos_ptr, sin_ptr, out_ptr,
-        tokens, x_batch, x_token, out_batch, out_token,
+        x_ptr, weight_ptr, squares_ptr, cos_ptr, sin_ptr, out_ptr,
+        tokens, x_batch, x_token, squares_batch, squares_token, squares_part, out_batch, out_token,
         EPS: tl.constexpr,  # as an argument, torch.compile would make it, and all that meets it, fp64
         C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-        GIVEN_RMS: tl.constexpr,
+        PARTS: tl.constexpr,  # of a token's channels, whose mean squares are given; 0: x has all channels
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         batch, token = row // tokens, row % tokens
         channel = tl.arange(0, BLOCK)
         x_ptr += batch * x_batch + token * x_token
-        if GIVEN_RMS:
-            rms = tl.load(rms_ptr + row)
+        if PARTS:
+            squares_ptr += batch * squares_batch + token * squares_token
+            squares = tl.load(squares_ptr)
+            for part in tl.static_range(1, PARTS):
+                squares += tl.load(squares_ptr + part * squares_part)
+            squares /= PARTS
         else:
-            rms: tl.constexpr = None
-        y = turned_row(x_ptr, weight_ptr, cos_ptr, sin_ptr, token, rms, EPS, C, D, BLOCK, NORM, ROPE)
+            squares: tl.constexpr = None
+        y = turned_row(x_ptr, weight_ptr, cos_ptr, sin_ptr, token, squares, EPS, C, D, BLOCK, NORM, ROPE)
         out_ptr += batch * out_batch + token * out_token
         tl.store(out_ptr + channel, y.to(out_ptr.dtype.element_ty), channel < C)
 
@@ -122,7 +129,7 @@ def rope_norm(
     head_dim: int,
     eps: float,
     out: Tensor | None = None,
-    inverse_rms: Tensor | None = None,
+    mean_squares: Tensor | None = None,
 ) -> Tensor:
     """`rotate(x / rms(x) * weight)`, head by head.
 
@@ -136,8 +143,8 @@ def rope_norm(
         eps: of the RMSNorm.
         out: where to write, [B, T, H, D] with contiguous heads, for example a slice of a key cache; None: a new
             tensor in x's dtype.
-        inverse_rms: [B, T, 1] fp32, contiguous: 1 / rms of each token, for callers that hold only a part of its
-            channels; None: computed from `x`.
+        mean_squares: [B, T, N] fp32, any strides: for callers that hold only a part of a token's channels, the mean
+            of squares of each of its N parts of equal size; None: computed from `x`.
 
     Returns:
         [B, T, H, D]: `out`, or the new tensor.
@@ -145,10 +152,10 @@ def rope_norm(
     Raises:
         ValueError: shapes or layout that do not fit, each with what was got and expected.
     """
-    _check(x, weight, cos, sin, head_dim, out, inverse_rms)
+    _check(x, weight, cos, sin, head_dim, out, mean_squares)
     if x.is_cuda and triton is not None and not needs_gradient(x, weight):
-        return launch(x, weight, cos, sin, head_dim=head_dim, eps=eps, out=out, inverse_rms=inverse_rms)
-    return rope_norm_ref(x, weight, cos, sin, head_dim=head_dim, eps=eps, out=out, inverse_rms=inverse_rms)
+        return launch(x, weight, cos, sin, head_dim=head_dim, eps=eps, out=out, mean_squares=mean_squares)
+    return rope_norm_ref(x, weight, cos, sin, head_dim=head_dim, eps=eps, out=out, mean_squares=mean_squares)
 
 
 def launch(
@@ -160,7 +167,7 @@ def launch(
     head_dim: int,
     eps: float,
     out: Tensor | None,
-    inverse_rms: Tensor | None,
+    mean_squares: Tensor | None,
 ) -> Tensor:
     """Launch the Triton kernel; arguments as for `rope_norm`, which has checked them."""
     batch, tokens, channels = x.shape
@@ -168,10 +175,10 @@ def launch(
         out = x.new_empty(batch, tokens, channels // head_dim, head_dim)
     config = RopeNormConfig.for_channels(channels)
     _rope_norm_kernel[(batch * tokens,)](
-        x, weight, inverse_rms, cos, sin, out,
-        tokens, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
+        x, weight, mean_squares, cos, sin, out,
+        tokens, *x.stride()[:2], *((0, 0, 0) if mean_squares is None else mean_squares.stride()), *out.stride()[:2],
         EPS=eps, C=channels, D=head_dim, BLOCK=config.block, NORM=weight is not None, ROPE=cos is not None,
-        GIVEN_RMS=inverse_rms is not None,
+        PARTS=0 if mean_squares is None else mean_squares.shape[2],
         num_warps=config.warps,
     )  # fmt: skip
     return out
@@ -184,7 +191,7 @@ def _check(
     sin: Tensor | None,
     head_dim: int,
     out: Tensor | None,
-    inverse_rms: Tensor | None,
+    mean_squares: Tensor | None,
 ) -> None:
     if x.dim() != 3 or x.stride(2) != 1 or head_dim % 2 or x.shape[2] % head_dim:
         raise ValueError(
@@ -194,13 +201,16 @@ def _check(
     batch, tokens, channels = x.shape
     expected = {
         "weight": (weight, (channels,)),
-        "inverse_rms": (inverse_rms, (batch, tokens, 1)),
         "cos": (cos, (tokens, head_dim // 2)),
         "sin": (sin, (tokens, head_dim // 2)),
     }
     for name, (values, shape) in expected.items():
         if values is not None and (tuple(values.shape) != shape or not values.is_contiguous()):
             raise ValueError(f"{name}: got shape {tuple(values.shape)}; expected contiguous {list(shape)}")
+    if mean_squares is not None and (mean_squares.dim() != 3 or mean_squares.shape[:2] != x.shape[:2]):
+        raise ValueError(
+            f"mean_squares: got shape {tuple(mean_squares.shape)}; expected [{batch}, {tokens}, parts]"
+        )
     if (cos is None) != (sin is None):
         raise ValueError("cos, sin: got one of them; expected both or neither")
     _check_out(out, (batch, tokens, channels // head_dim, head_dim))

@@ -32,7 +32,7 @@ def draw(*shape, device="cpu", dtype=torch.float32, scale=1.0):
 
 
 def packed(weight):
-    """[O, C, 3, 3, 3] as [O, 27 C]."""
+    """[O, C, T, 3, 3] as [O, 9 T C]."""
     return weight.permute(0, 2, 3, 4, 1).flatten(1)
 
 
@@ -41,6 +41,15 @@ def test_reference_is_a_causal_convolution():
     clip = window.permute(3, 0, 1, 2)[None]
     want = F.conv3d(F.pad(clip, (1, 1, 1, 1, 0, 0)), weight)[0].permute(1, 2, 3, 0)
     torch.testing.assert_close(conv_window_ref(window, packed(weight)), want)
+    torch.testing.assert_close(
+        conv_window_ref(window[2:3], packed(weight[:, :, 2:])), want_first(window, weight)
+    )
+
+
+def want_first(window, weight):
+    """What a frame without a past gives: only the last time tap meets anything."""
+    frame = window[2:3].permute(0, 3, 1, 2)
+    return F.conv2d(frame, weight[:, :, 2], padding=1).permute(0, 2, 3, 1)
 
 
 def test_reference_computes_only_the_rows_asked_for():
@@ -129,7 +138,7 @@ def test_every_form_compiles(channels, outputs, kind):
         nvrtc.nvrtc()
     except nvrtc.NvrtcError as error:
         pytest.skip(str(error))
-    for form in forms(channels, outputs, kind):
+    for form in (*forms(channels, outputs, kind), forms(channels, outputs, kind, taps=1)[0]):
         assert nvrtc.compile_cubin(form.source(), "sm_90a")[:4] == b"\x7fELF"
 
 
@@ -156,18 +165,20 @@ def error(got, want):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("taps", [3, 1])
 @pytest.mark.parametrize("clip", [(1, 5, 7), (2, 40, 72), (3, 33, 50), (1, 40, 288)])
 @pytest.mark.parametrize(("channels", "outputs"), SHAPES)
-def test_as_exact_as_cudnn(channels, outputs, clip, dtype):
+def test_as_exact_as_cudnn(channels, outputs, clip, taps, dtype):
     reason = unsupported(torch.device("cuda", 0), channels, outputs, dtype)
     if reason is not None:
         pytest.skip(reason)
     frames, height, width = clip
-    window = draw(frames + 2, height, width, channels, device="cuda", dtype=dtype)
-    weight = draw(outputs, 27 * channels, device="cuda", dtype=dtype, scale=(27 * channels) ** -0.5)
+    inputs = 9 * taps * channels
+    window = draw(frames + taps - 1, height, width, channels, device="cuda", dtype=dtype)
+    weight = draw(outputs, inputs, device="cuda", dtype=dtype, scale=inputs**-0.5)
     exact = conv_window_ref(window.double(), weight.double())
     limit = 1.05 * error(conv_window_ref(window, weight), exact)
-    results = [launch(window, weight, form) for form in forms(channels, outputs, TYPES[dtype][0])]
+    results = [launch(window, weight, form) for form in forms(channels, outputs, TYPES[dtype][0], taps)]
     for got in (*results, conv_window(window, weight)):
         assert got.shape == (*clip, outputs)
         assert error(got, exact) <= limit

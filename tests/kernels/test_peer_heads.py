@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wanrt_kernels.peer_heads import (
-    Share,
+    OwnTokens,
     scatter_heads,
     scatter_heads_ref,
     scatter_tokens,
@@ -53,7 +53,7 @@ def check_heads(case, dtype, device, *, norm, rope):
     where = addresses(got)
     tables = (cos, sin) if rope else (None, None)
     for rank in range(ranks):
-        share = Share(rank, ranks, frames, own, first, turn)
+        share = OwnTokens(rank, ranks, frames, own, first, turn)
         arguments = (x[rank], weight if norm else None, *tables)
         scatter_heads(*arguments, where, share, head_dim=head_dim, eps=1e-6)
         scatter_heads_ref(*arguments, want, share, head_dim=head_dim, eps=1e-6)
@@ -72,7 +72,7 @@ def check_tokens(case, dtype, device):
     want = [torch.full((frames * own, ranks * heads, head_dim), 7.0, device=device, dtype=dtype) for _ in x]
     got = [buffer.clone() for buffer in want]
     for rank in range(ranks):
-        share = Share(rank, ranks, frames, own)
+        share = OwnTokens(rank, ranks, frames, own)
         scatter_tokens(x[rank], addresses(got), share)
         scatter_tokens_ref(x[rank], want, share)
     assert all(torch.equal(made, wanted) for made, wanted in zip(got, want, strict=True))
@@ -113,8 +113,8 @@ def test_tokens_equal_reference(case, dtype):
 
 
 def test_slots_are_a_rotation_of_frames():
-    assert Share(1, 2, 3, 2, first=4, turn=1).slots().tolist() == [26, 27, 18, 19, 22, 23]
-    assert Share(1, 2, 2, 1).rows().tolist() == [1, 3]
+    assert OwnTokens(1, 2, 3, 2, first=4, turn=1).slots().tolist() == [26, 27, 18, 19, 22, 23]
+    assert OwnTokens(1, 2, 2, 1).rows().tolist() == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,9 @@ def test_what_does_not_fit_is_refused(change, message):
     if change.get("x") is not None:
         given["weight"] = torch.ones(given["x"].shape[2])
     with pytest.raises(ValueError, match=message):
-        scatter_heads(*given.values(), Share(0, 2, 2, 2), head_dim=4, eps=1e-6)
+        scatter_heads(*given.values(), OwnTokens(0, 2, 2, 2), head_dim=4, eps=1e-6)
 
 
 def test_tokens_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="expected 8 tokens"):
-        scatter_tokens(torch.zeros(6, 2, 4), torch.zeros(2, dtype=torch.int64), Share(0, 2, 2, 2))
+        scatter_tokens(torch.zeros(6, 2, 4), torch.zeros(2, dtype=torch.int64), OwnTokens(0, 2, 2, 2))

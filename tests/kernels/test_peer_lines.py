@@ -14,6 +14,7 @@ from wanrt_kernels.peer_lines import (
     take_lines,
     take_lines_ref,
 )
+from wanrt_kernels.shared import Shared
 
 UNTOUCHED = 7
 LINES = [
@@ -30,7 +31,7 @@ def rooms_of(ranks, nbytes, device):
     size = -(-nbytes // 16) * 16
     owns = [torch.full((2, size), UNTOUCHED, dtype=torch.uint8, device=device) for _ in range(ranks)]
     addresses = torch.tensor([own.data_ptr() for own in owns], device=device)
-    return [Room(own, addresses, torch.zeros(2, dtype=torch.int64, device=device)) for own in owns]
+    return [Room(Shared(own, addresses), torch.zeros(2, dtype=torch.int64, device=device)) for own in owns]
 
 
 def draw(*shape, dtype, device):
@@ -97,6 +98,22 @@ def test_interpreted_lines_arrive(case, dtype):
 @pytest.mark.parametrize("case", [*LINES, (2, 4, 576 * 96, 96), (2, 1280, 96, 0)])
 def test_lines_arrive(case, dtype):
     check_lines(case, dtype, "cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real kernels are tested instead")
+def test_a_rank_one_exchange_ahead_spoils_nothing():
+    """Between two barriers a neighbour may send the next lines before this rank took the last ones, not more."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    rooms = rooms_of(2, 64, "cpu")
+    lines = torch.arange(24.0).view(3, 1, 8)
+    found = torch.empty(1, 8)
+    send_lines(None, lines[0], rooms[0], 0)
+    for exchange in range(2):
+        send_lines(found, None, rooms[1], 1)
+        take_lines(None, None, rooms[0])
+        send_lines(None, lines[exchange + 1], rooms[0], 0)  # behind the barrier of this exchange
+        take_lines(found, None, rooms[1])
+        assert torch.equal(found, lines[exchange])
 
 
 @pytest.mark.parametrize("to", [1, 3])

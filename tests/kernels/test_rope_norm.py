@@ -15,7 +15,8 @@ CASES = [
     (1, 3, 5, 24, {"rope", "strided"}),
     (2, 2, 12, 128, {"norm", "rope", "out", "strided"}),
     (1, 2, 40, 128, {"norm", "rope"}),
-    (2, 3, 3, 16, {"norm", "rope", "rms"}),
+    (2, 3, 3, 16, {"norm", "rope", "squares"}),
+    (1, 4, 5, 24, {"norm", "squares", "out"}),
 ]
 
 
@@ -37,9 +38,9 @@ def make(case, dtype, device):
 def compare(case, dtype, device):
     args = make(case, dtype, device)
     batch, tokens, heads, head_dim, options = case
-    kwargs = {"head_dim": head_dim, "eps": 1e-6, "inverse_rms": None}
-    if "rms" in options:
-        kwargs["inverse_rms"] = torch.rand(batch, tokens, 1, device=device) + 0.5
+    kwargs = {"head_dim": head_dim, "eps": 1e-6, "mean_squares": None}
+    if "squares" in options:  # as they lie in memory that ranks share
+        kwargs["mean_squares"] = (torch.rand(3, batch, tokens, device=device) + 0.5).permute(1, 2, 0)
     out = None
     if "out" in options:  # a slice of a longer cache: what lies around it must stay
         cache = torch.full((batch, tokens + 5, heads, head_dim), 7.0, device=device, dtype=dtype)
@@ -83,12 +84,12 @@ def test_reference_equals_complex_numbers():
     torch.testing.assert_close(got, torch.view_as_real(turned).flatten(-2))
 
 
-def test_parts_with_the_rms_of_the_whole_equal_the_whole():
-    """What tensor parallelism does: heads apart, the mean of squares of all of them."""
+def test_parts_with_the_squares_of_all_equal_the_whole():
+    """What tensor parallelism does: heads apart, with the mean squares of all."""
     x, weight, cos, sin = make((2, 5, 4, 16, {"norm", "rope"}), torch.float32, "cpu")
-    rms = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    squares = torch.stack([part.square().mean(-1) for part in x.chunk(2, dim=-1)], dim=-1)
     parts = [
-        rope_norm(x[..., part], weight[part], cos, sin, head_dim=16, eps=1e-6, inverse_rms=rms)
+        rope_norm(x[..., part], weight[part], cos, sin, head_dim=16, eps=1e-6, mean_squares=squares)
         for part in (slice(0, 32), slice(32, 64))
     ]
     whole = rope_norm(x, weight, cos, sin, head_dim=16, eps=1e-6)
@@ -104,7 +105,7 @@ def test_wrong_shapes_say_what_was_expected():
         rope_norm(x, weight, cos, None, **kwargs)
     with pytest.raises(ValueError, match="multiple of the even head_dim 10"):
         rope_norm(x, weight, None, None, head_dim=10, eps=1e-6)
-    with pytest.raises(ValueError, match=r"inverse_rms: got shape \(1, 5\); expected contiguous \[1, 5, 1\]"):
-        rope_norm(x, weight, cos, sin, inverse_rms=torch.ones(1, 5), **kwargs)
+    with pytest.raises(ValueError, match=r"mean_squares: got shape \(1, 5\); expected \[1, 5, parts\]"):
+        rope_norm(x, weight, cos, sin, mean_squares=torch.ones(1, 5), **kwargs)
     with pytest.raises(ValueError, match=r"out: got shape \(1, 5, 16, 3\)"):
         rope_norm(x, weight, cos, sin, out=torch.empty(1, 5, 16, 3), **kwargs)

@@ -183,6 +183,22 @@ def test_a_layer(product):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("product", [scaled_product, dequantised_product])
+def test_a_partial_product_goes_where_there_is_room_for_it(product):
+    layer = Fp8Linear((32, 48), bias=True, product=product)
+    layer.weight.copy_(draw(32, 48, seed=1))
+    layer.weight_scale.fill_(0.5)
+    layer.bias = nn.Parameter(draw(32, seed=2).bfloat16(), requires_grad=False)
+    x, shared = quantise_rows(draw(1, 6, 48, seed=3)), torch.empty(1, 6, 32, dtype=torch.bfloat16)
+    rooms = {(1, 6, 32): shared}
+    layer.join = torch.neg
+    layer.room = lambda shape, dtype: rooms.get(tuple(shape)) if dtype is torch.bfloat16 else None
+    assert layer(x) is shared
+    rooms.clear()
+    assert torch.equal(layer(x), -shared)
+
+
+@torch.no_grad()
 def test_layers_trace_whole(make_transformer, make_cache):
     torch._dynamo.reset()
     model, eager = make_transformer(**SIZE), make_transformer(**SIZE)

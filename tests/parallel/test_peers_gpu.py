@@ -9,27 +9,30 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from wanrt.parallel.peers import SymmetricPeers, open_peers
+from wanrt.parallel.peers import CudaPeers, open_peers
+from wanrt_kernels.peer_heads import OwnTokens, scatter_tokens
 
 pytestmark = pytest.mark.multigpu
-ROUNDS, WORDS = 400, 1 << 20
+ROUNDS, TOKENS, HEADS, HEAD_DIM = 400, 512, 8, 128
 
 
 def rounds(peers, device):
-    """Each round a rank stores its own numbers at the other, and reads its own: how many words were wrong."""
-    mine = peers.empty((WORDS,), torch.int64)
-    theirs = other_tensor(peers, mine)
-    step = torch.zeros((), dtype=torch.int64, device=device)
+    """Each round every rank stores its own number in all tokens of its heads: how many were wrong, of how many."""
+    mine = peers.empty((TOKENS, 2 * HEADS, HEAD_DIM), torch.float32)
+    share = OwnTokens(peers.rank, 2, 1, TOKENS)
+    step = torch.zeros((), device=device)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     delay = torch.ones(1024, 1024, device=device)
+    ranks = torch.arange(1, 3, device=device).repeat_interleave(HEADS)[:, None]
 
     def one():
         step.add_(1)
-        theirs.fill_(1).mul_(step).mul_(peers.rank + 1)
+        x = step.mul(peers.rank + 1).expand(2 * TOKENS, HEADS, HEAD_DIM).contiguous()
         if peers.rank:
             torch.mm(delay, delay)
+        scatter_tokens(x, peers.addresses(mine), share)
         peers.barrier()
-        wrong.add_((mine != step * (2 - peers.rank)).sum())
+        wrong.add_((mine != step * ranks).sum())
         peers.barrier()
 
     one()
@@ -44,18 +47,20 @@ def rounds(peers, device):
     return wrong.item(), step.item()
 
 
-def other_tensor(peers, mine):
-    handle = next(handle for room, handle in peers._shared if room.data_ptr() == mine.data_ptr())
-    return handle.get_buffer(1 - peers.rank, mine.shape, mine.dtype)
+def joined(rank, store, device):
+    init = {"init_method": f"file://{store}", "rank": rank, "world_size": 2, "device_id": device}
+    dist.init_process_group("nccl", **init)
+    peers = open_peers(dist.group.WORLD, device)
+    assert isinstance(peers, CudaPeers)
+    return peers
 
 
 def rank_main(rank, store, results):
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    init = {"init_method": f"file://{store}", "rank": rank, "world_size": 2, "device_id": device}
-    dist.init_process_group("nccl", **init)
-    peers = open_peers(dist.group.WORLD, device)
-    assert isinstance(peers, SymmetricPeers)
+    joined(rank, f"{store}-left", device)
+    dist.destroy_process_group()  # a second group in the same process: nothing of the first may be remembered
+    peers = joined(rank, store, device)
     found = rounds(peers, device)
     dist.barrier()
     if rank == 0:  # a barrier to which the other never comes

@@ -13,7 +13,7 @@ from wanrt.models.vae_fast import FastVae
 from wanrt.models.vae_graph import GraphedVae
 from wanrt.parallel.bands import Band, GroupNeighbours
 from wanrt.parallel.peer_bands import PeerNeighbours
-from wanrt.parallel.peers import SymmetricPeers, open_peers
+from wanrt.parallel.peers import CudaPeers, open_peers
 from wanrt.parallel.vae_split import SplitVae, split
 
 pytestmark = [pytest.mark.multigpu, pytest.mark.slow]
@@ -59,7 +59,7 @@ def reach(by, device):
     if by == "messages":
         return GroupNeighbours(dist.group.WORLD), []
     peers = open_peers(dist.group.WORLD, device)
-    assert isinstance(peers, SymmetricPeers)
+    assert isinstance(peers, CudaPeers)
     return PeerNeighbours(peers, device), [peers]
 
 

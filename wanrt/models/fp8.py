@@ -28,8 +28,9 @@ Shapes: B batch, T tokens, K inputs and N outputs of a product.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,16 @@ FIRST_CAPABILITY = (8, 9)  # Ada; older tensor cores know no fp8
 # whoever waits on that stream, and nothing that a CUDA graph could capture.
 SM89_SINCE = (2, 12)
 
-Product = Callable[[Rows, "Fp8Linear"], Tensor]  # [M, K] rows to [M, N]
+# Where a partial product of a shape and dtype goes that others will sum; None: sum it at once.
+Room = Callable[[Sequence[int], torch.dtype], Tensor | None]
+
+
+class Product(Protocol):
+    """How a layer multiplies rows `[M, K]`."""
+
+    def __call__(self, x: Rows, layer: Fp8Linear, out: Tensor | None = None) -> Tensor:
+        """`[M, N]` in the layer's `out_dtype`: `out`, or a new tensor."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,9 @@ def plan_for(layers: int) -> Fp8Plan:
     return Fp8Plan(tuple(p.replace(r"\d+", f"(?!(0|{layers - 1})\\b)\\d+", 1) for p in ALL_BLOCKS.modules))
 
 
-def scaled_product(x: Rows, layer: Fp8Linear) -> Tensor:
+def scaled_product(x: Rows, layer: Fp8Linear, out: Tensor | None = None) -> Tensor:
     """The device's own fp8 product, bf16."""
+    into = {} if out is None else {"out": out}
     return torch._scaled_mm(
         x.values,
         layer.weight.t(),
@@ -81,15 +92,16 @@ def scaled_product(x: Rows, layer: Fp8Linear) -> Tensor:
         bias=layer.bias if layer.adds_bias else None,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
+        **into,
     )
 
 
-def dequantised_product(x: Rows, layer: Fp8Linear) -> Tensor:
-    """The same numbers multiplied in fp32, in the bias's dtype: a reference for tests, on any device, slow."""
+def dequantised_product(x: Rows, layer: Fp8Linear, out: Tensor | None = None) -> Tensor:
+    """The same numbers multiplied in fp32: a reference for tests, on any device, slow."""
     y = x.dequantise() @ (layer.weight.float() * layer.weight_scale.unsqueeze(1)).t()
-    if layer.bias is None:
-        return y.to(torch.bfloat16)
-    return (y + layer.bias.float() if layer.adds_bias else y).to(layer.bias.dtype)
+    if layer.bias is not None and layer.adds_bias:
+        y = y + layer.bias.float()
+    return y.to(layer.out_dtype) if out is None else out.copy_(y)
 
 
 class Fp8Linear(nn.Module):
@@ -100,6 +112,7 @@ class Fp8Linear(nn.Module):
         bias: with a bias `[N]`.
         join: what makes a partial product `[..., N]` whole: the sum over a group of ranks that hold K / n inputs
             each. None: nothing to join.
+        room: where a partial product goes that is not to be made whole here. None: every one is.
         adds_bias: whether this rank's part of the sum contains the bias.
         product: how rows are multiplied.
         device: of the empty parameters.
@@ -114,6 +127,7 @@ class Fp8Linear(nn.Module):
         *,
         bias: bool,
         join: Callable[[Tensor], Tensor] | None = None,
+        room: Room | None = None,
         adds_bias: bool = True,
         product: Product = scaled_product,
         device: torch.device | str | None = None,
@@ -128,13 +142,22 @@ class Fp8Linear(nn.Module):
         self.weight = _frozen(torch.empty(shape, dtype=FP8, device=device))
         self.weight_scale = _frozen(torch.empty(shape[0], dtype=torch.float32, device=device))
         self.bias = _frozen(torch.empty(shape[0], device=device)) if bias else None
-        self.join, self.adds_bias, self.product = join, adds_bias, product
+        self.join, self.room, self.adds_bias, self.product = join, room, adds_bias, product
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """The bias's, and so the model's."""
+        return torch.bfloat16 if self.bias is None else self.bias.dtype
 
     def forward(self, x: Tensor | Rows) -> Tensor:
         """`[..., K]`, quantised already or not, to `[..., N]`."""
         rows = x if isinstance(x, Rows) else quantise_rows(x.contiguous())
-        flat = Rows(rows.values.flatten(0, -2), rows.scale.flatten(0, -2))
-        y = self.product(flat, self).unflatten(0, rows.values.shape[:-1])
+        flat, leading = Rows(rows.values.flatten(0, -2), rows.scale.flatten(0, -2)), rows.values.shape[:-1]
+        room = None if self.room is None else self.room((*leading, len(self.weight)), self.out_dtype)
+        if room is not None:
+            self.product(flat, self, room.flatten(0, -2))
+            return room
+        y = self.product(flat, self).unflatten(0, leading)
         return y if self.join is None else self.join(y)
 
 
@@ -198,6 +221,7 @@ def _replacement(module: nn.Module, product: Product) -> Fp8Linear:
         (weight.shape[0], weight.shape[1]),
         bias=bias is not None,
         join=getattr(module, "join", None),
+        room=getattr(module, "room", None),
         adds_bias=getattr(module, "adds_bias", True),
         product=product,
         device="meta",

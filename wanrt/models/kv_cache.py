@@ -158,10 +158,12 @@ class KVCache:
         tokens = grid[0] * grid[1]
 
         def buffers(slots: int) -> tuple[Tensor, ...]:
-            # zeros, not empty: a slot is written before it is attended, but NaN garbage would hide a mistake
-            shape = (config.num_layers, batch, slots * tokens, heads or config.num_heads, config.head_dim)
-            whole = torch.zeros(shape, device=device, dtype=dtype) if empty is None else empty(shape, dtype)
-            return whole.unbind()
+            shape = (batch, slots * tokens, heads or config.num_heads, config.head_dim)
+            if empty is not None:
+                return empty((config.num_layers, *shape), dtype).unbind()
+            # Zeros: a slot is written before it is attended, but NaN garbage would hide a mistake. Each layer's on its
+            # own: inductor copies the whole of what a written tensor is a view of, from where the view begins.
+            return tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers))
 
         raw = [None] * config.num_layers if policy is CachePolicy.RECOMPUTE else buffers(frames)
         layers = [

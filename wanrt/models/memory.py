@@ -22,8 +22,8 @@ from wanrt_kernels.quant_rows import Rows
 from wanrt_kernels.rope_norm import rope_norm
 
 
-def in_passing(projections: Sequence[Tensor], eps: float) -> tuple[None, ...]:
-    """No 1/rms beforehand: `rope_norm` sees whole tokens and finds it in passing."""
+def in_passing(projections: Sequence[Tensor]) -> tuple[None, ...]:
+    """No squares beforehand: `rope_norm` sees whole tokens and finds them in passing."""
     return (None,) * len(projections)
 
 
@@ -34,14 +34,14 @@ class Elementwise:
     Attributes:
         add_norm: finish a residual and normalise, as `wanrt_kernels.adaln.add_norm`.
         rope_norm: RMSNorm over all heads and rotary positions, as `wanrt_kernels.rope_norm.rope_norm`.
-        inverse_rms: 1/rms `[B, T, 1]` of several projections `[B, T, C]` at once, for `rope_norm`, where their
-            channels are spread over ranks; None where `rope_norm` finds it itself.
+        mean_squares: of several projections `[B, T, C]` at once, what `rope_norm` must know of them where their
+            channels are spread over ranks, `[B, T, N]` each; None where it sees all channels itself.
         add_norm_rows: `add_norm` for products in fp8, as `wanrt_kernels.adaln.add_norm_rows`.
     """
 
     add_norm: Callable[..., tuple[Tensor, Tensor]]
     rope_norm: Callable[..., Tensor]
-    inverse_rms: Callable[[Sequence[Tensor], float], Sequence[Tensor | None]] = in_passing
+    mean_squares: Callable[[Sequence[Tensor]], Sequence[Tensor | None]] = in_passing
     add_norm_rows: Callable[..., tuple[Tensor, Rows]] = add_norm_rows
 
 
@@ -87,15 +87,15 @@ def turn(
     norms: QKNorm,
     rope: RopeTable | None,
     out: Tensor | None = None,
-    inverse_rms: Tensor | None = None,
+    mean_squares: Tensor | None = None,
 ) -> Tensor:
     """Norm and rotary positions of a projection `[B, T, C]`, as heads `[B, T, H, D]`.
 
-    `inverse_rms`: from `Elementwise.inverse_rms`, if it was asked.
+    `mean_squares`: from `Elementwise.mean_squares`, if it was asked.
     """
     cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
     return ops.rope_norm(
-        x, weight, cos, sin, head_dim=norms.head_dim, eps=norms.eps, out=out, inverse_rms=inverse_rms
+        x, weight, cos, sin, head_dim=norms.head_dim, eps=norms.eps, out=out, mean_squares=mean_squares
     )
 
 
@@ -113,33 +113,33 @@ class CachedMemory:
 
     def attend(self, norms: QKNorm, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write the pass's keys and values, attend to all that the plan names, then commit if asked to."""
-        q_rms, k_rms = self.ops.inverse_rms((q, k), norms.eps)
-        self._write(norms, k, v, k_rms)
+        q_squares, k_squares = self.ops.mean_squares((q, k))
+        self._write(norms, k, v, k_squares)
         lo, hi = self.cache.span(self.plan)
-        q = turn(self.ops, q, norms.query, norms, self.rope, inverse_rms=q_rms)
+        q = turn(self.ops, q, norms.query, norms, self.rope, mean_squares=q_squares)
         out = attend(q, self.layer.key[:, lo:hi], self.layer.value[:, lo:hi], self.bias, backend=self.backend)
-        self._commit(norms, k, v, k_rms)
+        self._commit(norms, k, v, k_squares)
         return out
 
     def remember(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
         """Write, and commit if asked to, without attending."""
-        (k_rms,) = self.ops.inverse_rms((k,), norms.eps)
-        self._write(norms, k, v, k_rms)
-        self._commit(norms, k, v, k_rms)
+        (k_squares,) = self.ops.mean_squares((k,))
+        self._write(norms, k, v, k_squares)
+        self._commit(norms, k, v, k_squares)
 
-    def _write(self, norms: QKNorm, k: Tensor, v: Tensor, k_rms: Tensor | None) -> None:
+    def _write(self, norms: QKNorm, k: Tensor, v: Tensor, k_squares: Tensor | None) -> None:
         for tokens, slots in self.cache.slots(self.plan):
             rope = RopeTable(self.rope.cos[tokens], self.rope.sin[tokens], self.rope.tokens_per_frame)
-            rms = None if k_rms is None else k_rms[:, tokens].contiguous()
+            squares = None if k_squares is None else k_squares[:, tokens]
             key = self.layer.key[:, slots]
-            turn(self.ops, k[:, tokens], norms.key, norms, rope, out=key, inverse_rms=rms)
+            turn(self.ops, k[:, tokens], norms.key, norms, rope, out=key, mean_squares=squares)
             # without norm and positions it is a copy: tokens of a joined projection lie apart, and PyTorch's own copy
             # of such rows takes twice the time (H100, 2160 x 5120: 29 us against 15)
             turn(self.ops, v[:, tokens], None, norms, None, out=self.layer.value[:, slots])
 
-    def _commit(self, norms: QKNorm, k: Tensor, v: Tensor, k_rms: Tensor | None) -> None:
+    def _commit(self, norms: QKNorm, k: Tensor, v: Tensor, k_squares: Tensor | None) -> None:
         if self.plan.pass_ is Pass.COMMIT:
-            raw = turn(self.ops, k, norms.key, norms, None, inverse_rms=k_rms)
+            raw = turn(self.ops, k, norms.key, norms, None, mean_squares=k_squares)
             self.cache.commit(self.layer, self.plan, raw, v.unflatten(-1, (-1, norms.head_dim)))
 
 

@@ -5,7 +5,8 @@
 - A causal 3x3x3 convolution with T frames and two remembered ones is a 3-D convolution without padding in time, or
   for T = 1 a 2-D convolution over the three frames stacked as channels. `wanrt_kernels.norm_stack` writes its input
   while it finishes the previous layer (bias, skip connection, RMSNorm, SiLU) and updates the stream's state in
-  place. cuDNN does the rest in channels-last, or on Hopper `wanrt_kernels.conv_window`, for T = 1 too.
+  place. cuDNN does the rest in channels-last, or on Hopper `wanrt_kernels.conv_window`, for T = 1 and lone frames
+  too.
 - Nearest upsampling followed by a 3x3 convolution reads each input pixel up to nine times through four phases.
   Summing the taps that meet the same pixel gives four 2x2 kernels: one convolution with 4 C outputs on the small
   picture, 4/9 of the arithmetic; `norm_stack` reads its output in picture order.
@@ -41,6 +42,7 @@ from wanrt.models.vae import (
 )
 from wanrt_kernels.conv_window import conv_window, why_not
 from wanrt_kernels.norm_stack import NO_MARGIN, Margin, norm_stack
+from wanrt_kernels.softmax_rows import softmax_rows
 
 TENSOR_CORE_CHANNELS = 8  # cuDNN's tensor-core kernels want channel counts that divide by 8
 
@@ -101,13 +103,12 @@ def _scale_of(norm: RMSNorm) -> Tensor:
     return norm.gamma.detach().float().flatten() * norm.scale
 
 
-def conv3d_nhwc(window: Tensor, weight: Tensor, unread: tuple[int, int] = (0, 0)) -> Tensor:
+def conv3d_nhwc(window: Tensor, weight: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
     """[T + 2, H, W, C] x [O, C, 3, 3, 3] (channels-last) -> [T, H, W, O], contiguous, without a bias.
 
-    unread: rows at the top and the bottom whose results nobody reads: they may be anything.
+    rows: (first, last): rows `first` to `last` - 1 are wanted, the others may be anything; None: all.
     """
     if why_not(window.device, weight.shape[1], weight.shape[0], window.dtype) is None:
-        rows = unread[0], window.shape[1] - unread[1]
         return conv_window(window, weight.permute(0, 2, 3, 4, 1).flatten(1), rows)
     out = convolve_window(window.permute(3, 0, 1, 2)[None], weight, None)
     return out[0].permute(1, 2, 3, 0).contiguous()  # a no-op on CUDA
@@ -155,8 +156,11 @@ class FastConv(nn.Module):
         """Convolve a window [T + 2, H, W, C], stacks [T, H, W, 3C], or a lone frame [1, H, W, C] of a start."""
         if x.shape[-1] != self.last.shape[1]:
             return conv2d_nhwc(x, self.steady, padding=self.last.shape[-1] // 2)
+        rows = self.unread[0], x.shape[1] - self.unread[1]
         if self.windows and x.shape[0] > 1:
-            return conv3d_nhwc(x, self.steady, self.unread)
+            return conv3d_nhwc(x, self.steady, rows)
+        if self.why_cudnn is None:
+            return conv_window(x, self.last.permute(0, 2, 3, 1).flatten(1), rows)
         return conv2d_nhwc(x, self.last, padding=self.last.shape[-1] // 2)
 
 
@@ -258,7 +262,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if q.is_cuda and q.dtype != torch.float32:
         scores = torch.bmm(q, k.transpose(1, 2), out_dtype=torch.float32)
-        return torch.bmm(scores.softmax(-1).to(v.dtype), v)
+        return torch.bmm(softmax_rows(scores, v.dtype), v)
     return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=1.0)[:, 0]
 
 

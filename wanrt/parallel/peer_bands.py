@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wanrt.parallel.peers import Peers
 from wanrt_kernels.peer_lines import ALIGNMENT, Room, send_lines, send_part, spacing, take_lines
+from wanrt_kernels.shared import Shared
 
 
 class PeerNeighbours:
@@ -80,8 +81,9 @@ class PeerNeighbours:
         size = -(-values * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         room = next((room for room in self._rooms if room.own.shape[1] >= size), None)
         if room is None:
-            own = self._peers.empty((2, size), torch.uint8)
-            room = Room(own, self._peers.addresses(own), self._turn)
+            with torch.inference_mode(False):  # it outlives the call that makes it
+                own = self._peers.empty((2, size), torch.uint8)
+                room = Room(Shared(own, self._peers.addresses(own)), self._turn)
             self._rooms.append(room)
         return room
 

@@ -11,8 +11,9 @@ import itertools
 import logging
 import math
 import os
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,14 +21,22 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from wanrt.parallel.crew import boot
+from wanrt.parallel.cuda_ipc import Lent, borrow, give_back, lend
 from wanrt_kernels.adaln import HAVE_TRITON
+from wanrt_kernels.nvrtc import NvrtcError
 from wanrt_kernels.peer_barrier import barrier
+from wanrt_kernels.shared import Shared
 
 log = logging.getLogger("wanrt.parallel")
 
 SWITCH = "WANRT_PEERS"  # environment variable; 0: exchanges by NCCL, to compare
 NCCL_SWITCH = "NCCL_P2P_DISABLE"  # environment variable, set to 1 where GPUs must not reach each other
 ALIGNMENT = 16  # bytes
+T = TypeVar("T")
+
+
+class PeerError(RuntimeError):
+    """Ranks that cannot share memory, though their GPUs reach each other's."""
 
 
 class Peers(Protocol):
@@ -63,35 +72,44 @@ class Peers(Protocol):
         ...
 
 
-class PeerRoom:
-    """Buffers in which ranks hand each other what a pass needs now: made by its first pass, kept, and used again."""
+class SharedBuffers:
+    """Buffers of `Peers`, each as large as was ever asked for. Every rank asks for the same, in the same order.
+
+    A buffer that became too small stays where it is: captured graphs know its address.
+    """
 
     def __init__(self, peers: Peers) -> None:
-        self.peers = peers
-        self._rooms: dict[str, list[Tensor]] = {}
+        self._peers = peers
+        self._buffers: dict[tuple[str, torch.dtype], Shared] = {}
 
-    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The buffer of this name, as large as `shape`. A larger size than ever before is a joint call.
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Shared:
+        """The beginning of the buffer of this name and dtype as contiguous `shape`."""
+        size = math.prod(shape)
+        found = self._buffers.get((name, dtype))
+        if found is None or found.here.numel() < size:
+            found = self._buffers[name, dtype] = self._allocate(size, dtype)
+        return Shared(found.here[:size].view(*shape), found.addresses)
 
-        Smaller buffers stay where they are: captured graphs may use them.
-        """
-        rooms = self._rooms.setdefault(name, [])
-        count = math.prod(shape)
-        room = next((room for room in rooms if room.dtype == dtype and room.numel() >= count), None)
-        if room is None:
-            room = self.peers.empty((count,), dtype)
-            rooms.append(room)
-        return room[:count].view(tuple(shape))
+    def _allocate(self, size: int, dtype: torch.dtype) -> Shared:
+        with torch.inference_mode(False):  # else later passes outside could not write to it
+            here = self._peers.empty((size,), dtype)
+            return Shared(here, self._peers.addresses(here))
 
 
-class SymmetricPeers:
-    """`Peers` of one machine's GPUs that reach each other, by PyTorch's symmetric memory."""
+class CudaPeers:
+    """`Peers` of one machine's GPUs that reach each other, each in a process of its own.
+
+    Raises `PeerError`, on every rank, when one of them cannot share its memory or reach another's.
+    """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self.rank, self.size = group.rank(), group.size()
         self._group, self._device = group, device
-        self._shared: list[tuple[Tensor, Any]] = []  # allocations, and PyTorch's handles for them
+        self._shared: list[tuple[Tensor, list[int]]] = []  # allocations, and where they begin on every rank
         self._addresses: dict[int, Tensor] = {}
+        self._borrowed: dict[bytes, int] = {}
+        # not before the last graph that stores there is gone: all that may, holds this object
+        weakref.finalize(self, _give_back, self._borrowed, device)
         self._stop = torch.zeros(1, dtype=torch.int64).pin_memory()
         self._count = torch.zeros(1, dtype=torch.int64, device=device)
         counts = self.empty((self.size,), torch.int64)
@@ -100,12 +118,33 @@ class SymmetricPeers:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Peers.empty`."""
-        import torch.distributed._symmetric_memory as symmetric
-
-        room = symmetric.empty(math.prod(shape), dtype=dtype, device=self._device).zero_()
+        room = torch.zeros(math.prod(shape), dtype=dtype, device=self._device)
         torch.cuda.synchronize(self._device)  # nobody may write before these zeros
-        self._shared.append((room, symmetric.rendezvous(room, self._group)))
+        lent = self._agree(lambda: lend(room))
+        addresses = self._agree(lambda: [self._borrow(rank, part, room) for rank, part in enumerate(lent)])
+        self._shared.append((room, addresses[self.rank]))
         return room.view(tuple(shape))
+
+    def _borrow(self, rank: int, lent: Lent, own: Tensor) -> int:
+        if rank == self.rank:
+            return own.data_ptr()
+        if lent.handle not in self._borrowed:  # small tensors share an allocation
+            self._borrowed[lent.handle] = borrow(lent.handle, self._device)
+        return self._borrowed[lent.handle] + lent.offset
+
+    def _agree(self, call: Callable[[], T]) -> list[T]:
+        """What the call gives on every rank. Raises `PeerError` on all when it fails on one."""
+        value = error = None
+        try:
+            value = call()
+        except NvrtcError as failure:
+            error = str(failure)
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, (value, error), group=self._group)
+        for rank, (_, error) in enumerate(found):
+            if error is not None:
+                raise PeerError(f"rank {rank} of the mesh: {error}")
+        return [value for value, _ in found]
 
     def addresses(self, tensor: Tensor) -> Tensor:
         """See `Peers.addresses`."""
@@ -115,13 +154,13 @@ class SymmetricPeers:
         return self._addresses[here]
 
     def _find(self, here: int) -> list[int]:
-        for room, handle in self._shared:
+        for room, addresses in self._shared:
             offset = here - room.data_ptr()
             if 0 <= offset < room.numel() * room.element_size():
                 assert offset % ALIGNMENT == 0, (
-                    f"{offset} bytes into shared memory: kernels store {ALIGNMENT} at a time"
+                    f"{offset} bytes into shared memory: kernels store {ALIGNMENT} at once"
                 )
-                return [address + offset for address in handle.buffer_ptrs]
+                return [address + offset for address in addresses]
         raise KeyError(f"no shared memory at {here:#x}")
 
     def barrier(self) -> None:
@@ -133,17 +172,25 @@ class SymmetricPeers:
         self._stop.fill_(1)
 
 
-def open_peers(group: ProcessGroup, device: torch.device) -> Peers | None:
-    """The peers of `group`, or None where they cannot reach each other; the log says why. A joint call."""
+def open_peers(group: ProcessGroup, device: torch.device, against: str | None = None) -> Peers | None:
+    """The peers of `group`, or None where they cannot share memory; the log says why. A joint call.
+
+    against: why this rank does without, in a few words, for the log.
+    """
     if device.type != "cuda" or group.size() == 1:
         return None
-    abouts: list[tuple[str, int, str | None]] = [("", 0, None)] * group.size()
     index = torch.cuda.current_device() if device.index is None else device.index
-    dist.all_gather_object(abouts, (boot(), index, _switched_off()), group=group)
+    abouts: list[Any] = [None] * group.size()
+    dist.all_gather_object(abouts, (boot(), index, against or _switched_off()), group=group)
     reason = why_apart(abouts, torch.cuda.can_device_access_peer)
     if reason is None:
-        log.info("exchanges: kernels store on other ranks' GPUs themselves")
-        return SymmetricPeers(group, device)
+        try:
+            peers = CudaPeers(group, device)
+        except PeerError as error:
+            reason = str(error)
+        else:
+            log.info("exchanges: kernels store on other ranks' GPUs themselves")
+            return peers
     log.info("exchanges: by NCCL (%s)", reason)
     return None
 
@@ -165,6 +212,11 @@ def why_apart(
         if a != b and not reaches(a, b):
             return f"cuda:{a} does not reach the memory of cuda:{b}"
     return None
+
+
+def _give_back(borrowed: dict[bytes, int], device: torch.device) -> None:
+    for address in borrowed.values():
+        give_back(address, device)
 
 
 def _switched_off() -> str | None:

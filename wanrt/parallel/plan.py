@@ -2,7 +2,8 @@
 
 Tensor parallelism after Shoeybi et al. 2019 (Megatron-LM, arXiv:1909.08053): queries, keys, values and the
 first half of the feed-forward are split by output (whole heads), the projections back by input, and one
-all-reduce follows each of those. Everything else is whole on every rank, and so are all weights under Ulysses.
+all-reduce follows each of those, or what `fused_exchange` has in its place. Everything else is whole on every rank,
+and so are all weights under Ulysses.
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ from wanrt.models.memory import CachedMemory, Elementwise, Memory, QKNorm, turn
 from wanrt.models.rope import RopeTable
 from wanrt.models.transformer import SelfAttention, TextKV, TimeEmbedding, WanTransformer
 from wanrt.parallel.collectives import gather, heads_to_tokens, tokens_to_heads
-from wanrt.parallel.peers import PeerRoom
-from wanrt_kernels.peer_heads import Share, scatter_heads, scatter_tokens
+from wanrt.parallel.peers import Peers, SharedBuffers
+from wanrt_kernels.peer_heads import OwnTokens, scatter_heads, scatter_tokens
 from wanrt_kernels.quant_rows import Rows
+from wanrt_kernels.shared import Shared
 
 
 def own_rows(rope: RopeTable, rank: int, size: int) -> RopeTable:
@@ -106,7 +107,8 @@ class PeerMemory:
     """
 
     whole: CachedMemory
-    room: PeerRoom
+    peers: Peers
+    buffers: SharedBuffers
 
     @property
     def ops(self) -> Elementwise:
@@ -120,40 +122,39 @@ class PeerMemory:
 
     def attend(self, norms: QKNorm, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `UlyssesMemory.attend`, for a batch of 1. The result is overwritten by the next layer."""
-        memory, share, peers = self.whole, self._share(), self.room.peers
+        memory, own = self.whole, self._own()
         query = self._take("queries", norms.head_dim, q)
-        self._scatter(norms, q, norms.query, memory.rope, query, share)
+        self._scatter(norms, q, norms.query, memory.rope, query, own)
         raw = self._store(norms, k, v)
-        peers.barrier()
+        self.peers.barrier()
         lo, hi = memory.cache.span(memory.plan)
         keys, values = memory.layer.key[:, lo:hi], memory.layer.value[:, lo:hi]
-        out = attend(query, keys, values, memory.bias, backend=memory.backend)
+        out = attend(query.here, keys, values, memory.bias, backend=memory.backend)
         self._commit(raw)
-        tokens = self.room.take(
-            "outputs", (1, q.shape[1], q.shape[2] // norms.head_dim, norms.head_dim), q.dtype
-        )
-        scatter_tokens(out[0], peers.addresses(tokens), share)
-        peers.barrier()
-        return tokens
+        heads = (q.shape[2] // norms.head_dim, norms.head_dim)
+        tokens = self.buffers.take("outputs", (*q.shape[:2], *heads), q.dtype)
+        scatter_tokens(out[0], tokens.addresses, own)
+        self.peers.barrier()
+        return tokens.here
 
     def remember(self, norms: QKNorm, k: Tensor, v: Tensor) -> None:
         """As `CachedMemory.remember`."""
         raw = self._store(norms, k, v)
-        self.room.peers.barrier()
+        self.peers.barrier()
         self._commit(raw)
 
     def _store(self, norms: QKNorm, k: Tensor, v: Tensor) -> Tensor | None:
         """Keys and values into every rank's cache; for a commit also the keys before rotation, which it gives."""
-        memory, share = self.whole, self._share()
+        memory, own = self.whole, self._own()
         first, turn = memory.cache.frame_slots(memory.plan)
-        slots = replace(share, first=first, turn=turn)
-        self._scatter(norms, k, norms.key, memory.rope, memory.layer.key, slots)
-        self._scatter(norms, v, None, None, memory.layer.value, slots)
+        slots = replace(own, first=first, turn=turn)
+        self._scatter(norms, k, norms.key, memory.rope, self._everywhere(memory.layer.key), slots)
+        self._scatter(norms, v, None, None, self._everywhere(memory.layer.value), slots)
         if memory.plan.pass_ is not Pass.COMMIT:
             return None
         raw = self._take("raw keys", norms.head_dim, k)
-        self._scatter(norms, k, norms.key, None, raw, share)
-        return raw
+        self._scatter(norms, k, norms.key, None, raw, own)
+        return raw.here
 
     def _commit(self, raw: Tensor | None) -> None:
         if raw is not None:
@@ -161,15 +162,20 @@ class PeerMemory:
             ((_, chunk),) = memory.cache.slots(memory.plan)
             memory.cache.commit(memory.layer, memory.plan, raw, memory.layer.value[:, chunk])
 
-    def _share(self) -> Share:
-        peers, plan = self.room.peers, self.whole.plan
-        return Share(peers.rank, peers.size, plan.frames, self.whole.rope.tokens_per_frame // peers.size)
+    def _own(self) -> OwnTokens:
+        ranks = self.peers.size
+        return OwnTokens(
+            self.peers.rank, ranks, self.whole.plan.frames, self.whole.rope.tokens_per_frame // ranks
+        )
 
-    def _take(self, name: str, head_dim: int, x: Tensor) -> Tensor:
+    def _everywhere(self, buffer: Tensor) -> Shared:
+        return Shared(buffer, self.peers.addresses(buffer))
+
+    def _take(self, name: str, head_dim: int, x: Tensor) -> Shared:
         """Room for all tokens of this rank's heads, `[1, F * N * m, H / N, D]`."""
-        ranks = self.room.peers.size
+        ranks = self.peers.size
         shape = (1, x.shape[1] * ranks, x.shape[2] // head_dim // ranks, head_dim)
-        return self.room.take(name, shape, x.dtype)
+        return self.buffers.take(name, shape, x.dtype)
 
     def _scatter(
         self,
@@ -177,12 +183,11 @@ class PeerMemory:
         x: Tensor,
         weight: Tensor | None,
         rope: RopeTable | None,
-        to: Tensor,
-        share: Share,
+        to: Shared,
+        own: OwnTokens,
     ) -> None:
         cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
-        addresses = self.room.peers.addresses(to)
-        scatter_heads(x, weight, cos, sin, addresses, share, head_dim=norms.head_dim, eps=norms.eps)
+        scatter_heads(x, weight, cos, sin, to.addresses, own, head_dim=norms.head_dim, eps=norms.eps)
 
 
 class UlyssesAttention(SelfAttention):

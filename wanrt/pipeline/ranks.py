@@ -399,8 +399,11 @@ def _enter(plan: Assignment, device: torch.device) -> Groups:
     if plan.topology.vae > 1:
         vae = _group(plan, [rank.rank for rank in ranks if rank.vae is not None])
         down = _group(plan, [rank.rank for rank in ranks if rank.stage0 or rank.mesh is not None])
+    # kernels that store on other ranks look like kernels without a result to the compiler
+    against = "the compiler would drop what stores elsewhere" if plan.tuning.compile else None
     # in the same order everywhere: opening is a joint call of those that share
-    mesh_peers, vae_peers = (None if group is None else open_peers(group, device) for group in (mesh, vae))
+    mesh_peers = None if mesh is None else open_peers(mesh, device, against)
+    vae_peers = None if vae is None else open_peers(vae, device)  # the VAE is never compiled
     return Groups(mesh, vae, down, mesh_peers, vae_peers)
 
 
