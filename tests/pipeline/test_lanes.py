@@ -12,8 +12,8 @@ from wanrt.pipeline.lanes import Flag, OneLane, lanes_for
 class LoggedLanes:
     """Lanes that only write down what was asked of them, with the lane that each decode ran in."""
 
-    def __init__(self):
-        self.log, self.lane = [], None
+    def __init__(self, apart=True):
+        self.log, self.lane, self.apart = [], None, apart
 
     @contextmanager
     def _in(self, name):
@@ -40,8 +40,8 @@ class LoggedLanes:
 
 @pytest.fixture
 def logged(fake_pipeline, fakes):
-    def run(**settings):
-        lanes = LoggedLanes()
+    def run(apart=True, launch_on_submit=True, **settings):
+        lanes = LoggedLanes(apart)
 
         class Vae(fakes[2]):
             def decode(self, latent, state):
@@ -58,7 +58,9 @@ def logged(fake_pipeline, fakes):
                     lanes.log.append(f"mesh {lanes.lane}")
                 return super().denoise(latents, timestep)
 
-        pipeline, _, _ = fake_pipeline(vae=Vae(), denoiser=Denoiser(), launch_on_submit=True, **settings)
+        pipeline, _, _ = fake_pipeline(
+            vae=Vae(), denoiser=Denoiser(), launch_on_submit=launch_on_submit, **settings
+        )
         pipeline._lanes = pipeline._pixels._lanes = pipeline._pixels._codec._lanes = lanes
         list(pipeline.run())
         return lanes.log
@@ -66,22 +68,28 @@ def logged(fake_pipeline, fakes):
     return run
 
 
-def test_anchor_only(logged):
-    """Main: anchor decode behind the last display, encode, next chunk. Side: the other two decodes, from the mark."""
-    log = logged(frames=57)
-    steady = [
-        "mark",
-        "join",
-        "decode main",
-        "encode main",
-        "mark",
-        "mesh main",
-        "side",
-        "decode side",
-        "decode side",
-    ]
-    text = " | ".join(log)
-    assert text.count(" | ".join(steady)) == 3  # chunks 1, 2 and 3; the first has no anchor, the last no next
+PATH = ["mark", "join", "decode main", "encode main", "mark"]
+DISPLAY = ["side", "decode side", "decode side"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "steady"),
+    [
+        ({}, [*PATH, *DISPLAY, "mesh main"]),
+        # on one stream the display would come before the mesh
+        ({"apart": False}, [*PATH, "mesh main", *DISPLAY]),
+        # launched when it is received
+        ({"launch_on_submit": False}, ["mesh main", *PATH, *DISPLAY]),
+    ],
+)
+def test_anchor_only(logged, settings, steady):
+    """Main: anchor decode behind the last display, encode, next chunk. Side: the other two decodes, from the mark.
+
+    They are queued before the next chunk's passes, whose launches may keep the host, unless both lanes are one.
+    """
+    log = logged(frames=57, **settings)
+    # chunks 1, 2 and 3; the first has no anchor, the last no next
+    assert " | ".join(log).count(" | ".join(steady)) == 3
 
 
 @pytest.mark.parametrize("policy", ["latent", "first-frame"])

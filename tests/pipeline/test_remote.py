@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from wanrt.pipeline import remote
 from wanrt.pipeline.remote import RankedMesh, Roles, leave_group
@@ -55,7 +56,26 @@ def test_exchanges_under_way_are_broken_off(events):
     mesh = mesh_of(events)
     mesh._under_way = True
     mesh.close()
-    assert events == [("team", remote.IN_PASSING_S), "graphs", "aborted", "cleaned up"]
+    assert events[0] == ("team", remote.IN_PASSING_S)
+    assert set(events[1:3]) == {"graphs", "aborted"}  # each may wait for the other
+    assert events[3:] == ["cleaned up"]
+
+
+def test_graphs_may_wait_for_the_break_off(events, monkeypatch):
+    broken_off = threading.Event()
+    monkeypatch.setattr(c10d, "_abort_process_group", broken_off.set)
+    part = Part(events)
+    part.close = lambda: events.append(broken_off.wait(5))
+    leave_group([part], at_once=True)
+    assert events == [True]
+
+
+def test_a_part_that_fails_keeps_nobody(events, caplog):
+    part = Part(events)
+    part.close = lambda: 1 / 0
+    leave_group([part], at_once=True)
+    assert events == ["aborted"]
+    assert "while leaving the process group: division by zero" in caplog.text
 
 
 def test_gloo_has_nothing_to_break_off(events, monkeypatch):

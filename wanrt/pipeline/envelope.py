@@ -53,6 +53,11 @@ class MeshHandle(Protocol):
     way.
     """
 
+    @property
+    def launches_here(self) -> bool:
+        """Whether `submit` queues passes on a device of this process, and may wait until it has room for them."""
+        ...
+
     def submit(self, request: ChunkRequest) -> None:
         """Hands a request over; returns before the chunk is made. Raises `RunError` when the mesh is gone."""
         ...

@@ -24,6 +24,11 @@ POLL_S = 2e-4  # the host is a chunk ahead: waking 0.2 ms late costs nothing
 class Lanes(Protocol):
     """How stage 0 orders its work on a device."""
 
+    @property
+    def apart(self) -> bool:
+        """Whether side work can run beside the main lane's; else all is done in the order of the calls."""
+        ...
+
     def main(self) -> AbstractContextManager[None]:
         """The lane of the next chunk's path."""
         ...
@@ -47,6 +52,8 @@ class Lanes(Protocol):
 
 class OneLane:
     """No lanes: everything in the order of the calls."""
+
+    apart = False
 
     def main(self) -> AbstractContextManager[None]:
         """See `Lanes.main`."""
@@ -77,7 +84,7 @@ class CudaLanes:
     def __init__(self, device: torch.device, *, apart: bool = True) -> None:
         import torch
 
-        self._torch = torch
+        self._torch, self.apart = torch, apart
         with torch.cuda.device(device):
             self._main = torch.cuda.Stream(priority=-1)
             self._side = torch.cuda.Stream(priority=0) if apart else self._main

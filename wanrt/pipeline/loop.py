@@ -101,16 +101,17 @@ class Pipeline:
         """
         policy = self._settings.policy
         held: _Shown | None = None
-        self._submit(0)
+        self._hand_over(self._request(0))
         for chunk in self._chunks():
             result, flag = self._receive()
             if held is not None:
                 yield held.checked(self._mesh.check)
             if policy in (AnchorPolicy.DECODE_ALL, AnchorPolicy.OVERLAP):
                 self._decode_all()
-            if policy is not AnchorPolicy.DECODE_ALL:
-                self._submit_after(chunk)
-            held = self._show(result, flag)
+            if policy is AnchorPolicy.DECODE_ALL:
+                held = self._show(result, flag)
+            else:
+                held = self._submit_and_show(chunk, result, flag)
             if held.known:
                 yield held.checked(self._mesh.check)
                 held = None
@@ -118,6 +119,19 @@ class Pipeline:
                 self._submit_after(chunk)
         if held is not None:
             yield held.checked(self._mesh.check)
+
+    def _submit_and_show(self, chunk: int, result: ChunkResult, flag: Flag) -> _Shown:
+        """The next chunk on its way, and this one's frames.
+
+        The mesh comes first, but where queueing its passes would keep the host: a device takes a few graphs ahead,
+        then the host waits for all but the last of them, and display work that is queued after that ends too late to
+        leave the decoder free for the next anchor (H100, 576x320: 10 ms a chunk).
+        """
+        request = self._request_after(chunk)
+        show_first = self._mesh.launches_here and self._lanes.apart
+        shown = self._show(result, flag) if show_first else None
+        self._hand_over(request)
+        return shown or self._show(result, flag)
 
     def check(self) -> None:
         """Raises `RunError` when a rank of the mesh has failed or died."""
@@ -147,18 +161,29 @@ class Pipeline:
         return itertools.count() if chunks is None else iter(range(chunks))
 
     def _submit_after(self, chunk: int) -> None:
-        if self._settings.chunks is None or chunk + 1 < self._settings.chunks:
-            self._submit(chunk + 1)
+        self._hand_over(self._request_after(chunk))
 
-    def _submit(self, chunk: int) -> None:
+    def _request_after(self, chunk: int) -> ChunkRequest | None:
+        """What the chunk after `chunk` needs; None behind the last one."""
+        last = self._settings.chunks is not None and chunk + 1 >= self._settings.chunks
+        return None if last else self._request(chunk + 1)
+
+    def _request(self, chunk: int) -> ChunkRequest:
         with self._lanes.main():
             anchor = None
             if self._settings.anchors:
                 latent = context_plan(chunk, self._settings.window, self._settings.policy).anchor
                 anchor = None if latent is None else self._pixels.anchor(latent)
                 self._lanes.mark()
-            embedding, control = self._prompts.changed(chunk), self._changed(chunk)
-            self._mesh.submit(ChunkRequest(chunk, anchor, embedding, control))
+            return ChunkRequest(chunk, anchor, *self._prompts_and_control(chunk))
+
+    def _hand_over(self, request: ChunkRequest | None) -> None:
+        if request is not None:
+            with self._lanes.main():
+                self._mesh.submit(request)
+
+    def _prompts_and_control(self, chunk: int) -> tuple[torch.Tensor | None, Control | None]:
+        return self._prompts.changed(chunk), self._changed(chunk)
 
     def _changed(self, chunk: int) -> Control | None:
         """The control for `chunk`, or None when it is the one sent last."""

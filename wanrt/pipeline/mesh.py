@@ -202,6 +202,11 @@ class InProcessMesh:
         self._request: ChunkRequest | None = None
         self._result: ChunkResult | None = None
 
+    @property
+    def launches_here(self) -> bool:
+        """See `MeshHandle.launches_here`."""
+        return self._launch_on_submit
+
     def submit(self, request: ChunkRequest) -> None:
         """Takes a request; on CUDA its kernels are queued before this returns."""
         if self._request is not None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Protocol
 
 from wanrt.errors import RunError
+from wanrt.parallel.member import words_of
 from wanrt.parallel.team import Spans, Team, answering
 from wanrt.pipeline.codec import VaePart
 from wanrt.pipeline.envelope import ChunkRequest, ChunkResult, Control
@@ -139,6 +141,11 @@ class RankedMesh:
         self._request: ChunkRequest | None = None
         self._result: ChunkResult | None = None
         self._under_way = False  # the ranks make a chunk, or wait for this process in the middle of one
+
+    @property
+    def launches_here(self) -> bool:
+        """See `MeshHandle.launches_here`."""
+        return self._launch_on_submit and self._local is not None
 
     def submit(self, request: ChunkRequest) -> None:
         """Hands a request to all ranks.
@@ -274,16 +281,44 @@ def leave_group(parts: Iterable[Closing] = (), *, at_once: bool = False) -> None
     """
     import torch.distributed as dist
 
-    for part in parts:
-        part.close()
-    if not dist.is_initialized():
-        return
-    # a library that waits for what no longer comes must not keep a finished video's process from ending
-    leaving = threading.Thread(target=_leave, args=(at_once,), daemon=True)
-    leaving.start()
-    leaving.join(LEAVING_S)
-    if leaving.is_alive():
+    def close() -> None:
+        for part in parts:
+            part.close()
+
+    def leave() -> None:
+        if dist.is_initialized():
+            _leave(at_once)
+
+    def in_turn() -> None:
+        close()
+        leave()
+
+    # Kernels that wait for a rank that is gone end when NCCL is told to break off, and only then can their graphs be
+    # given up; NCCL for its part waits for the graphs. So it is done at once, or else in turn.
+    _within_limit(*((close, leave) if at_once else (in_turn,)))
+
+
+def _within_limit(*steps: Callable[[], None]) -> None:
+    """All steps side by side, `LEAVING_S` at most.
+
+    A library that waits for what no longer comes must not keep a finished video's process from ending.
+    """
+    threads = [threading.Thread(target=_tried, args=(step,), daemon=True) for step in steps]
+    deadline = time.monotonic() + LEAVING_S
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in threads):
         log.warning("the process group was not left within %g s; going on without", LEAVING_S)
+
+
+def _tried(step: Callable[[], None]) -> None:
+    """A device that failed fails here once more: a word in the log, for what failed first has been said."""
+    try:
+        step()
+    except Exception as error:
+        log.warning("while leaving the process group: %s", words_of(error))
 
 
 def _leave(at_once: bool) -> None:

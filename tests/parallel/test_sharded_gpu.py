@@ -1,4 +1,4 @@
-"""Tensor parallelism over two GPUs under CUDA graphs, with and without collectives: parity, repeatability, speed."""
+"""Both kinds of mesh over two GPUs under CUDA graphs, with and without collectives: parity, repeatability, speed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import multiprocessing
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import product
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ pytestmark = [pytest.mark.multigpu, pytest.mark.slow]
 CONFIG = KREA_SLICE  # two layers of the 14B shape
 GRID = (24, 30)  # 720 tokens a latent frame, 2160 a chunk
 WINDOW, TIMED, LIMIT_S = 3, 20, 60
+KINDS = ("tp", "ulysses")
 # No rank is forgiven more than the single model's own rounding; in fp8 a rank scales its own part of an input.
 PRECISIONS = {"bf16": 1.1, "fp8": 1.3}
 EXCHANGES = ("nccl", "peers")
@@ -60,7 +62,7 @@ def prepared(model, dtype, quantise):
     return model
 
 
-def denoiser(model, heads, graphs):
+def denoiser(model, heads, graphs, empty):
     device = torch.device("cuda", torch.cuda.current_device())
     cache = KVCache.allocate(
         CONFIG,
@@ -70,6 +72,7 @@ def denoiser(model, heads, graphs):
         heads=heads,
         device=device,
         dtype=model.dtype,
+        empty=empty,
     )
     made = (GraphedDenoiser if graphs else TransformerDenoiser)(model, cache, device)
     if graphs:
@@ -95,8 +98,8 @@ def stream(model, cache):
     return torch.cat(latents, dim=2).float().cpu().numpy(), x
 
 
-def measured(model, heads, graphs=True):
-    made, cache = denoiser(model, heads, graphs)
+def measured(model, heads, graphs=True, empty=None):
+    made, cache = denoiser(model, heads, graphs, empty)
     with torch.inference_mode():
         first, x = stream(made, cache)
         again, _ = stream(made, cache)
@@ -117,17 +120,19 @@ def rank_main(rank, size, store, results):
         "nccl", init_method=f"file://{store}", rank=rank, world_size=size, device_id=device,
         timeout=timedelta(seconds=LIMIT_S),
     )  # fmt: skip
-    group, plan = dist.group.WORLD, ShardPlan.of(Topology.parse(f"tp={size}"))
-    peers = open_peers(group, device, LIMIT_S)
+    group = dist.group.WORLD
+    peers = open_peers(group, device)
     assert peers is not None, "these GPUs do not reach each other; the log says why"
     made, whole = {}, build(CONFIG)
-    for precision in PRECISIONS:
-        for exchange in EXCHANGES:
-            model = apply(deepcopy(whole), plan, group, peers if exchange == "peers" else None)
-            model = prepared(model, torch.bfloat16, precision == "fp8")
-            made[precision, exchange] = measured(model, plan.local_heads(CONFIG.num_heads))
-            del model
-            torch.cuda.empty_cache()
+    for kind, precision, exchange in product(KINDS, PRECISIONS, EXCHANGES):
+        plan = ShardPlan.of(Topology.parse(f"{kind}={size}"))
+        shared = peers if exchange == "peers" else None
+        callee = apply(inner := deepcopy(whole), plan, group, shared)
+        prepared(inner, torch.bfloat16, precision == "fp8")
+        empty = peers.empty if shared and kind == "ulysses" else None
+        made[kind, precision, exchange] = measured(callee, plan.local_heads(CONFIG.num_heads), empty=empty)
+        del inner, callee
+        torch.cuda.empty_cache()
     results.put((rank, made))
     dist.barrier()
     dist.destroy_process_group()
@@ -170,15 +175,14 @@ def error(made, exact):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("precision", list(PRECISIONS))
-def test_two_gpus_make_what_one_makes(ranks, single, precision):
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_gpus_make_what_one_makes(ranks, single, kind, precision):
     exact, own = single
     for rank, made in ranks.items():
         for exchange in EXCHANGES:
-            result = made[precision, exchange]
-            off = error(result.first, exact)
-            print(
-                f"{precision}, tp=2 by {exchange}, rank {rank}: {result.denoise_ms:.2f} ms, {off:.1e} from fp32"
-            )
+            result = made[kind, precision, exchange]
+            off, ms = error(result.first, exact), result.denoise_ms
+            print(f"{precision}, {kind}=2 by {exchange}, rank {rank}: {ms:.2f} ms, {off:.1e} from fp32")
             if exchange == "peers":
                 assert off <= PRECISIONS[precision] * own[precision]
                 assert precision == "fp8" or off <= 2e-2
@@ -186,8 +190,9 @@ def test_two_gpus_make_what_one_makes(ranks, single, precision):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("precision", list(PRECISIONS))
-def test_a_stream_again_has_the_same_bits_on_all_ranks(ranks, precision):
-    made = [rank[precision, "peers"] for rank in ranks.values()]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_again_has_the_same_bits_on_all_ranks(ranks, kind, precision):
+    made = [rank[kind, precision, "peers"] for rank in ranks.values()]
     for result in made:
         assert np.array_equal(result.first, result.again)
     assert np.array_equal(made[0].first, made[1].first)
