@@ -50,7 +50,7 @@ class AttentionConfig:
 # blocks fit the 99 KiB of shared memory that every later device has.
 CONFIGS = {
     # Two warp groups of 64 queries each, the least a wgmma takes. Queries 32 KiB, and 64 KiB a stage: three just fit
-    # 227 KiB. 254 registers; what spills, spills outside the loops.
+    # 227 KiB. All 255 registers; what spills, spills outside the loops.
     (9, True): AttentionConfig(queries=128, keys=128, warps=8, stages=3),
     (9, False): AttentionConfig(queries=128, keys=128, warps=8, stages=3),
     # Queries stay in registers: the largest tiles that do not spill, in 64 and 40 KiB.
@@ -100,13 +100,13 @@ if triton is not None:
 
     @triton.jit
     def _attention_kernel(
-        q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, queries, keys, biased,
+        q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, heads, queries, keys, biased,
         q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
         SCALE: tl.constexpr,  # log2(e) / sqrt(D); as an argument, torch.compile would make it, and all it meets, fp64
-        H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
         BIASED: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+        batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
         q_ptr += batch * q_batch + head * q_head
         k_ptr += batch * k_batch + head * k_head
         v_ptr += batch * v_batch + head * v_head
@@ -146,7 +146,7 @@ if triton is not None:
             sums, weight, top = _absorb(sums, weight, top, scores, v, 0.0, SCALE, PRECISION)
 
         channel = tl.arange(0, BLOCK_D)
-        out = out_ptr + ((batch * queries + query) * H + head)[:, None] * D + channel[None, :]
+        out = out_ptr + ((batch * queries + query) * heads + head)[:, None] * D + channel[None, :]
         mask = (query < queries)[:, None] & (channel < D)[None, :]
         tl.store(out, (sums / weight[:, None]).to(out_ptr.dtype.element_ty), mask)
 
@@ -183,10 +183,10 @@ def launch(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Batches and heads along the second axis: programs that run at the same time share a head's keys in the L2 cache.
     _attention_kernel[(triton.cdiv(queries, config.queries), batch * heads)](
-        q, k, v, bias, out, queries, k.shape[1], 0 if bias is None else keys,
+        q, k, v, bias, out, heads, queries, k.shape[1], 0 if bias is None else keys,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        SCALE=math.log2(math.e) * head_dim**-0.5, H=heads, D=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_Q=config.queries, BLOCK_K=config.keys,
+        SCALE=math.log2(math.e) * head_dim**-0.5, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_Q=config.queries, BLOCK_K=config.keys,
         BIASED=bias is not None, PRECISION="ieee", num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
