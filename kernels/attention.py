@@ -50,7 +50,7 @@ class AttentionConfig:
 # blocks fit the 99 KiB of shared memory that every later device has.
 CONFIGS = {
     # Two warp groups of 64 queries each, the least a wgmma takes. Queries 32 KiB, and 64 KiB a stage: three just fit
-    # 227 KiB. All 255 registers; what spills, spills outside the loops.
+    # 227 KiB. All 255 registers; four words of a loop that is biased spill, the rest outside.
     (9, True): AttentionConfig(queries=128, keys=128, warps=8, stages=3),
     (9, False): AttentionConfig(queries=128, keys=128, warps=8, stages=3),
     # Queries stay in registers: the largest tiles that do not spill, in 64 and 40 KiB.
