@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 
-from wanrt.models.attention import AttentionBackend, KeyBias, attend, choose
+from wanrt.models import attention
+from wanrt.models.attention import AttentionBackend, Default, KeyBias, attend, choices, choose, why_not
+from wanrt.script.job import ATTENTIONS
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
-ON_CPU = [AttentionBackend.AUTO, AttentionBackend.SDPA, AttentionBackend.MATH]
+ON_CPU = [AttentionBackend.AUTO, AttentionBackend.SDPA, AttentionBackend.MATH, AttentionBackend.TRITON]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def softmax_attention(q, k, v, log_bias=0.0, keys=0):
@@ -53,9 +56,85 @@ def test_views_of_a_buffer_need_no_copies(backend):
 
 
 def test_auto_on_a_cpu_is_torch_and_force_is_force():
-    cpu = torch.device("cpu")
-    assert choose(AttentionBackend.AUTO, cpu, torch.bfloat16, 128) is AttentionBackend.SDPA
-    assert choose(AttentionBackend.MATH, cpu, torch.bfloat16, 128) is AttentionBackend.MATH
+    for backend, chosen in ((AttentionBackend.AUTO, AttentionBackend.SDPA), (AttentionBackend.MATH,) * 2):
+        assert choose(backend, CPU, torch.bfloat16, 128, rows=1, biased=True) is chosen
+        assert choices(backend, CPU, torch.bfloat16, 128, biased=True) == (chosen,)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "chosen"),
+    [
+        (9, torch.bfloat16, 128, AttentionBackend.CUDNN),
+        (10, torch.float16, 64, AttentionBackend.CUDNN),
+        (8, torch.bfloat16, 128, AttentionBackend.FLASH),
+        (12, torch.bfloat16, 128, AttentionBackend.FLASH),
+        (7, torch.float16, 128, AttentionBackend.SDPA),
+        (9, torch.float32, 128, AttentionBackend.SDPA),
+        (9, torch.bfloat16, 20, AttentionBackend.SDPA),
+    ],
+)
+def test_auto_on_cuda_goes_by_the_table(monkeypatch, capability, dtype, head_dim, chosen):
+    monkeypatch.setattr(attention, "_capability", lambda device: capability)
+    assert choose(AttentionBackend.AUTO, CUDA, dtype, head_dim, rows=100, biased=False) is chosen
+
+
+def test_table_may_go_by_rows_and_bias(monkeypatch):
+    monkeypatch.setattr(attention, "_capability", lambda device: 9)
+    few = Default(AttentionBackend.TRITON, range(9, 10), biased=True, most_rows=1000)
+    monkeypatch.setattr(attention, "CUDA_DEFAULTS", (few, *attention.CUDA_DEFAULTS))
+
+    def chosen(rows, biased):
+        return choose(AttentionBackend.AUTO, CUDA, torch.bfloat16, 128, rows=rows, biased=biased)
+
+    assert chosen(1000, True) is AttentionBackend.TRITON
+    assert chosen(1001, True) is chosen(1000, False) is AttentionBackend.CUDNN
+    both = choices(AttentionBackend.AUTO, CUDA, torch.bfloat16, 128, biased=True)
+    assert both == (AttentionBackend.TRITON, AttentionBackend.CUDNN)
+
+
+def test_choosing_is_traced(monkeypatch):
+    """Layers are compiled whole, and the table is looked up inside them."""
+    monkeypatch.setattr(attention, "_capability", lambda device: 9)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen_plus(x):
+        backend = choose(AttentionBackend.AUTO, CUDA, torch.bfloat16, 128, rows=x.shape[0], biased=True)
+        return x + (1 if backend is AttentionBackend.CUDNN else 2)
+
+    assert torch.equal(chosen_plus(torch.zeros(3)), torch.ones(3))
+
+
+def test_command_line_has_every_backend():
+    assert set(ATTENTIONS) == set(AttentionBackend)
+
+
+@pytest.mark.parametrize("backend", AttentionBackend)
+def test_a_cpu_runs_what_torch_can(backend):
+    reason = why_not(backend, CPU, torch.bfloat16, 128)
+    own = (AttentionBackend.CUDNN, AttentionBackend.FLASH, AttentionBackend.TRITON)
+    assert reason == ("cpu is not a CUDA device" if backend in own else None)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "head_dim", "reason"),
+    [
+        (AttentionBackend.FLASH, torch.float32, 128, "torch.float32 is not a half precision"),
+        (AttentionBackend.CUDNN, torch.float32, 128, "torch.float32 is not a half precision"),
+        (AttentionBackend.CUDNN, torch.bfloat16, 20, "heads of 20, not of a multiple of 8 up to 128"),
+        (AttentionBackend.TRITON, torch.float32, 128, None),
+        (AttentionBackend.TRITON, torch.bfloat16, 40, "heads of 40, not of a multiple of 16 up to 128"),
+    ],
+)
+def test_what_a_gpu_cannot_run_is_said(monkeypatch, backend, dtype, head_dim, reason):
+    monkeypatch.setattr(attention, "_capability", lambda device: 9)
+    monkeypatch.setattr(attention, "HAVE_TRITON", True)
+    assert why_not(backend, CUDA, dtype, head_dim) == reason
+
+
+def test_triton_that_is_not_installed_is_said(monkeypatch):
+    monkeypatch.setattr(attention, "_capability", lambda device: 9)
+    monkeypatch.setattr(attention, "HAVE_TRITON", False)
+    assert why_not(AttentionBackend.TRITON, CUDA, torch.bfloat16, 128) == "Triton is not installed"
 
 
 @pytest.mark.gpu

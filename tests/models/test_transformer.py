@@ -375,6 +375,8 @@ def test_paths_say_what_runs_and_why(make_transformer):
     )
     model.attention = AttentionBackend.MATH
     assert "attention by math (forced" in model.paths()
+    model.attention = AttentionBackend.TRITON
+    assert "KV bias by the same call" in model.paths()
 
 
 def test_model_holds_no_stream_state(make_transformer, make_cache):

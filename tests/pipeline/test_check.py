@@ -11,7 +11,7 @@ from wanrt.pipeline import devices
 from wanrt.pipeline.build import Tuning, settle_topology
 from wanrt.pipeline.check import PairedDenoiser, check, run_check
 from wanrt.pipeline.devices import Precision, choose_precision
-from wanrt.pipeline.models import load_transformer
+from wanrt.pipeline.models import load_transformer, unheard
 from wanrt.pipeline.schedule import nearest_sigma, predict_x0
 from wanrt.script import build_job, read_script
 
@@ -91,6 +91,15 @@ def test_fp8_without_its_product_is_refused_before_anything_loads():
         choose_precision("fp8", cpu)
     with pytest.raises(UsageError, match="no fp8 product"):
         settle_topology(job_of(precision="fp8"), cpu)
+
+
+def test_attention_that_cannot_run_is_refused_before_anything_loads():
+    cpu = torch.device("cpu")
+    said = "attention cudnn: cpu is not a CUDA device; take --attention auto"
+    with pytest.raises(UsageError, match=said):
+        settle_topology(job_of(attention="cudnn"), cpu)
+    with pytest.raises(UsageError, match=said):  # a rank, for its own device
+        load_transformer(job_of(attention="cudnn"), None, cpu, choose_precision("fp32", cpu), unheard)
 
 
 def test_the_loaded_transformer_is_fp8_and_near_its_reference():

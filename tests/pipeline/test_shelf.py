@@ -64,6 +64,7 @@ def test_what_is_the_same_and_what_is_not(job):
     half = models(shelf, replace(job, seed=4, precision="bf16"))
     assert half[1] is not other[1]
     assert models(shelf, replace(job, seed=4, precision="bf16"), compiled=True)[1] is not half[1]
+    assert models(shelf, replace(job, attention="math"))[1].attention == "math"
     wider = job.preset.model_copy(
         update={"transformer": job.preset.transformer.model_copy(update={"dim": 192})}
     )

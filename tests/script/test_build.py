@@ -63,8 +63,8 @@ def test_flags_win_over_the_file(job_of):
     given = {
         "preset": "krea-14b", "seed": "9", "size": "576x320", "fps": "24", "duration": "2s", "anchor": "latent",
         "window": "4", "bias": "0.5", "steps": "1000,500", "codec": "hevc", "quality": "crf=20", "topology": "tp=2",
-        "precision": "fp8", "device": "cuda:1", "weights": "~/w", "random_weights": True, "force": True,
-        "stats": "s.json", "trace": "t.json", "output": "o.mkv",
+        "precision": "fp8", "attention": "math", "device": "cuda:1", "weights": "~/w", "random_weights": True,
+        "force": True, "stats": "s.json", "trace": "t.json", "output": "o.mkv",
     }  # fmt: skip
     text = (
         'seed = 1\nanchor = "overlap"\nbias = 0.9\nsteps = 2\n[[scene]]\nprompt = "x"\nbias = 0.1\nsteps = 3'
@@ -73,6 +73,7 @@ def test_flags_win_over_the_file(job_of):
     assert (job.preset.name, job.seed, job.width, job.height, job.fps) == ("krea-14b", 9, 576, 320, 24)
     assert (job.frames, job.anchor, job.window, job.bias, job.steps) == (48, "latent", 4, 0.5, (1000, 500))
     assert (job.codec, job.quality, job.topology, job.precision) == ("hevc", "crf=20", "tp=2", "fp8")
+    assert job.attention == "math"
     assert (job.device, job.random_weights, job.force) == ("cuda:1", True, True)
     assert (str(job.stats), str(job.trace), str(job.output)) == ("s.json", "t.json", "o.mkv")
     assert "~" not in str(job.weights)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from wanrt.cli._talk import preset_words
+from wanrt.cli._talk import attention_words, preset_words
 
 Text = str | None
 
@@ -36,6 +36,14 @@ Window = Annotated[Text, typer.Option(metavar="N", help="Latent frames of contex
 Bias = Annotated[Text, typer.Option(metavar="B", help="KV attention bias, above 0 to 1; 1 is off.")]
 Steps = Annotated[Text, typer.Option(metavar="LIST", help="How many steps, or timesteps: 1000,937,833,625.")]
 Precision = Annotated[Text, typer.Option(metavar="P", help="auto, bf16, fp16, fp32 or fp8.")]
+Attention = Annotated[
+    Text,
+    typer.Option(
+        metavar="NAME",
+        help="auto, sdpa, cudnn, flash, triton or math.",
+        autocompletion=attention_words,
+    ),
+]
 Device = Annotated[Text, typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.")]
 Weights = Annotated[Text, typer.Option(metavar="DIR", help="Where the weights are.")]
 RandomWeights = Annotated[
@@ -53,7 +61,7 @@ Run = Annotated[Text, typer.Option(metavar="NAME", help="Which run; without it t
 
 MAKING = (
     "preset", "seed", "size", "fps", "duration", "chunks", "topology", "anchor", "window", "bias", "steps",
-    "precision", "device", "weights", "random_weights", "codec", "quality", "stats", "trace", "force",
+    "precision", "attention", "device", "weights", "random_weights", "codec", "quality", "stats", "trace", "force",
 )  # fmt: skip
 
 

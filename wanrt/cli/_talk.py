@@ -20,6 +20,13 @@ def preset_words() -> list[str]:
     return list(preset_names())
 
 
+def attention_words() -> list[str]:
+    """What may compute attention, for shell completion."""
+    from wanrt.script.job import ATTENTIONS
+
+    return list(ATTENTIONS)
+
+
 def panel_mode(*, quiet: bool, plain: bool, json_progress: bool) -> Mode:
     """The one mode that the flags ask for; "auto" without any. Raises UsageError for two at once."""
     asked: dict[Mode, bool] = {"quiet": quiet, "plain": plain, "json": json_progress}

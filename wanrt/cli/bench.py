@@ -35,6 +35,9 @@ def command(
     ] = None,
     steps: Annotated[Text, typer.Option(metavar="LIST", help="How many steps, or their timesteps.")] = None,
     precision: Annotated[Text, typer.Option(metavar="P", help="auto, bf16, fp16, fp32 or fp8.")] = None,
+    attention: Annotated[
+        Text, typer.Option(metavar="NAME", help="auto, sdpa, cudnn, flash, triton or math.")
+    ] = None,
     device: Annotated[Text, typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.")] = None,
     weights: Annotated[Text, typer.Option(metavar="DIR", help="Where the weights are.")] = None,
     random_weights: Annotated[
@@ -74,12 +77,13 @@ def command(
 
     flags = {
         "preset": preset, "size": size, "topology": topology, "window": window, "bias": bias, "steps": steps,
-        "precision": precision, "device": device, "weights": weights, "random_weights": random_weights,
+        "precision": precision, "attention": attention, "device": device, "weights": weights,
+        "random_weights": random_weights,
     }  # fmt: skip
     if vae:
         _refuse_beside_vae(
             matrix=matrix, topology=topology, anchor=anchor, check=check, window=window, bias=bias, steps=steps,
-            weights=weights, compile=compile, budget=budget, resume=resume,
+            attention=attention, weights=weights, compile=compile, budget=budget, resume=resume,
         )  # fmt: skip
         from wanrt.probes.vae_race import run_race
 

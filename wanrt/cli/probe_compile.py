@@ -21,6 +21,9 @@ def command(
     precision: Annotated[
         str, typer.Option("--precision", metavar="TYPE", help="auto, bf16, fp16 or fp32.")
     ] = "auto",
+    attention: Annotated[
+        str, typer.Option("--attention", metavar="NAME", help="auto, sdpa, cudnn, flash, triton or math.")
+    ] = "auto",
     device: Annotated[
         str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
     ] = "auto",
@@ -49,6 +52,7 @@ def command(
             size=size,
             layers=layers,
             precision=precision,
+            attention=attention,
             device=device,
             backend=backend,
             seed=seed,

@@ -71,6 +71,7 @@ def command(
     bias: option.Bias = None,
     steps: option.Steps = None,
     precision: option.Precision = None,
+    attention: option.Attention = None,
     device: option.Device = None,
     weights: option.Weights = None,
     random_weights: option.RandomWeights = False,

@@ -4,11 +4,13 @@ Shapes: B batch, T tokens, H heads, D head_dim. Queries `[B, Tq, H, D]`, keys an
 the views that scaled_dot_product_attention wants are made here without copies.
 
 The cache keeps the biased keys in front of all others (see `kv_cache.py`), so that the biased and the
-unbiased keys are one contiguous range each and two plain attention calls can be merged by their log-sum-exp.
+unbiased keys are one contiguous range each: two plain attention calls can be merged by their log-sum-exp, and a kernel
+of wanrt's own needs no mask.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wanrt_kernels.attention import HAVE_TRITON, HEAD_STEP, LARGEST_HEAD, attention
 from wanrt_kernels.merge import merge
 
 Pair = tuple[Tensor, Tensor]  # attention and its log-sum-exp
@@ -25,18 +28,55 @@ Call = Callable[[], Pair]
 
 
 class AttentionBackend(StrEnum):
-    """Who computes attention. With a KV bias, all but SDPA make two plain calls and merge them."""
+    """Who computes attention."""
 
     AUTO = "auto"  # by `choose`
-    SDPA = "sdpa"  # torch decides; the bias is an additive mask over keys
+    SDPA = "sdpa"  # torch decides
     CUDNN = "cudnn"
     FLASH = "flash"  # FlashAttention-2 inside torch
+    TRITON = "triton"  # wanrt's own kernel
     MATH = "math"  # products and softmax written out, scores in fp32
 
+    @property
+    def bias_by(self) -> str:
+        """How a KV bias is applied."""
+        own = {AttentionBackend.SDPA: "an additive mask", AttentionBackend.TRITON: "the same call"}
+        return own.get(self, "two calls merged")
 
-# By CUDA compute capability (major); half precisions with head_dim <= 128. H200, 40 heads, 2160 queries: cuDNN
-# 0.37 ms, flash 0.67 ms. Capabilities not listed take FLASH, which every GPU since Ampere has.
-CUDA_DEFAULTS = {9: AttentionBackend.CUDNN, 10: AttentionBackend.CUDNN}
+
+@dataclass(frozen=True)
+class Default:
+    """A line of `CUDA_DEFAULTS`.
+
+    Attributes:
+        backend: what AUTO takes.
+        capabilities: on devices of these compute capabilities (major).
+        biased: only with a KV bias (True), only without (False), or either way (None).
+        fewest_rows, most_rows: queries times heads, of all of the batch.
+    """
+
+    backend: AttentionBackend
+    capabilities: range
+    biased: bool | None = None
+    fewest_rows: int = 0
+    most_rows: int = sys.maxsize
+
+    def fits(self, capability: int, rows: int, *, biased: bool) -> bool:
+        """Whether this line is meant for such a call."""
+        return (
+            capability in self.capabilities
+            and self.biased in (None, biased)
+            and self.fewest_rows <= rows <= self.most_rows
+        )
+
+
+# What AUTO takes on CUDA in half precisions with head_dim <= 128: the first line that fits.
+CUDA_DEFAULTS = (
+    # H200, 40 heads, 2160 queries: cuDNN 0.37 ms, flash 0.67 ms
+    Default(AttentionBackend.CUDNN, range(9, 11)),
+    # every GPU since Ampere has it
+    Default(AttentionBackend.FLASH, range(8, sys.maxsize)),
+)
 
 
 @dataclass(frozen=True)
@@ -53,16 +93,75 @@ class KeyBias:
     keys: int
 
 
+def why_not(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why `backend` cannot compute attention there, in a few words; None: it can."""
+    if backend in (AttentionBackend.AUTO, AttentionBackend.SDPA, AttentionBackend.MATH):
+        return None
+    if device.type != "cuda":
+        return f"{device} is not a CUDA device"
+    if _capability(device) < 8:
+        return f"{torch.cuda.get_device_name(device)} is older than SM 8.0"
+    if backend is AttentionBackend.TRITON:
+        return _why_no_triton(head_dim)
+    if dtype is torch.float32:
+        return f"{dtype} is not a half precision"
+    if head_dim > LARGEST_HEAD or head_dim % 8:
+        return f"heads of {head_dim}, not of a multiple of 8 up to {LARGEST_HEAD}"
+    missing = {
+        AttentionBackend.CUDNN: not torch.backends.cudnn.is_available(),
+        AttentionBackend.FLASH: not torch.backends.cuda.is_flash_attention_available(),
+    }
+    return "this build of PyTorch does not have it" if missing[backend] else None
+
+
+def _capability(device: torch.device) -> int:
+    """CUDA compute capability, major."""
+    return torch.cuda.get_device_properties(device).major
+
+
+def _why_no_triton(head_dim: int) -> str | None:
+    if not HAVE_TRITON:
+        return "Triton is not installed"
+    if head_dim > LARGEST_HEAD or head_dim % HEAD_STEP:
+        return f"heads of {head_dim}, not of a multiple of {HEAD_STEP} up to {LARGEST_HEAD}"
+    return None
+
+
 def choose(
-    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int
+    backend: AttentionBackend,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    rows: int,
+    biased: bool,
 ) -> AttentionBackend:
-    """Resolve AUTO for a device, dtype and head size; anything else is what it is."""
+    """Resolve AUTO; anything else is what it is. `rows`: queries times heads; `biased`: with a KV bias."""
     if backend is not AttentionBackend.AUTO:
         return backend
-    if device.type != "cuda" or dtype is torch.float32 or head_dim > 128 or head_dim % 8:
+    if not _has_defaults(device, dtype, head_dim):
         return AttentionBackend.SDPA
-    major = torch.cuda.get_device_properties(device).major
-    return CUDA_DEFAULTS.get(major, AttentionBackend.FLASH)
+    capability = _capability(device)
+    for line in CUDA_DEFAULTS:
+        if line.fits(capability, rows, biased=biased):
+            return line.backend
+    return AttentionBackend.SDPA
+
+
+def choices(
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int, *, biased: bool
+) -> tuple[AttentionBackend, ...]:
+    """All that `choose` may say there, for any number of rows."""
+    edges = {edge for line in CUDA_DEFAULTS for edge in (line.fewest_rows, line.most_rows + 1)}
+    ends = sorted(edge for edge in edges | {0} if edge <= sys.maxsize)
+    found = (choose(backend, device, dtype, head_dim, rows=rows, biased=biased) for rows in ends)
+    return tuple(dict.fromkeys(found))
+
+
+def _has_defaults(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `CUDA_DEFAULTS` speaks of such a call."""
+    half = dtype is not torch.float32
+    return device.type == "cuda" and half and head_dim <= LARGEST_HEAD and head_dim % 8 == 0
 
 
 def attend(
@@ -84,12 +183,17 @@ def attend(
     Returns:
         `[B, Tq, H, D]` in the dtype of `q`.
     """
-    backend = choose(backend, q.device, q.dtype, q.shape[-1])
+    bias = None if bias is None or bias.keys == 0 else bias
+    batch, queries, heads, head_dim = q.shape
+    rows = batch * queries * heads
+    backend = choose(backend, q.device, q.dtype, head_dim, rows=rows, biased=bias is not None)
+    if backend is AttentionBackend.TRITON:
+        return attention(q, k, v) if bias is None else attention(q, k, v, bias.value, bias.keys)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if backend is AttentionBackend.SDPA:
-        mask = None if bias is None or bias.keys == 0 else _key_mask(bias, q, k)
+        mask = None if bias is None else _key_mask(bias, q, k)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-    if bias is None or bias.keys == 0:
+    if bias is None:
         return _attend_lse(q, k, v, backend)[0].transpose(1, 2)
     return _attend_merged(q, k, v, bias, backend)
 

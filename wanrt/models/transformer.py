@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanrt.models.attention import AttentionBackend, KeyBias, attend, choose
+from wanrt.models.attention import AttentionBackend, KeyBias, attend, choices
 from wanrt.models.fp8 import takes_rows
 from wanrt.models.kv_cache import CachePolicy, CallOrderError, KVCache, Pass, PassPlan
 from wanrt.models.memory import LOCAL, CachedMemory, Elementwise, Memory, QKNorm, SequenceMemory, turn
@@ -325,7 +325,7 @@ class WanTransformer(nn.Module):
 
     Args:
         config: sizes.
-        attention: how attention with a KV bias is computed; see `wanrt.models.attention`.
+        attention: what computes attention; see `wanrt.models.attention`.
     """
 
     def __init__(
@@ -504,14 +504,17 @@ class WanTransformer(nn.Module):
     def paths(self) -> str:
         """In one line, for the log: what computes attention and what runs between the products, and why."""
         device, head_dim = self.patch_embedding.weight.device, self.config.head_dim
-        backend = choose(self.attention, device, self.dtype, head_dim)
+        plain, biased = (
+            choices(self.attention, device, self.dtype, head_dim, biased=biased) for biased in (False, True)
+        )
+        backends = " or ".join(dict.fromkeys(plain + biased))
         reason = "chosen" if self.attention is AttentionBackend.AUTO else "forced"
-        bias = "an additive mask" if backend is AttentionBackend.SDPA else "two calls merged"
+        bias = " or ".join(dict.fromkeys(backend.bias_by for backend in biased))
         where = f"{device.type}, {str(self.dtype).removeprefix('torch.')}, heads of {head_dim}"
         kernels = "Triton kernels" if device.type == "cuda" and HAVE_TRITON else "plain PyTorch"
         missing = "" if HAVE_TRITON or device.type != "cuda" else " (Triton is not installed)"
         return (
-            f"transformer: attention by {backend} ({reason} for {where}), KV bias by {bias}; "
+            f"transformer: attention by {backends} ({reason} for {where}), KV bias by {bias}; "
             f"{kernels} between products{missing}"
         )
 

@@ -83,16 +83,17 @@ def settle_topology(job: RenderJob, device: torch.device, world: int | None = No
     On CUDA devices and their memory are counted; a CPU takes any number of ranks as far as its memory goes, and
     `auto` is one. world: ranks that torchrun started, which the topology must use up. Raises
     `UsageError` with the failed equation, or the memory that is missing, and what would work; and for a precision
-    that the device does not have.
+    or an attention backend that the device does not have.
     """
     import psutil
 
     from wanrt.parallel.choose import Machine, check_memory, check_world, resolve
     from wanrt.parallel.report import find_machine
     from wanrt.parallel.workload import Workload
-    from wanrt.pipeline.devices import choose_precision
+    from wanrt.pipeline.devices import choose_attention, choose_precision
 
-    choose_precision(job.precision, device)
+    precision = choose_precision(job.precision, device)
+    choose_attention(job.attention, device, precision, job.preset.transformer_config().head_dim)
     cpu = Machine(world or 1, "CPU", psutil.virtual_memory().total)
     if device.type == "cuda" or (job.topology == "auto" and world is not None):
         machine = cpu if device.type == "cpu" else find_machine(world, None, None, None)

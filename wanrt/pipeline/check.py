@@ -175,7 +175,9 @@ def _compare(job: RenderJob, reference: str, device: torch.device, tuning: Tunin
 
     def load(name: str) -> Denoiser:
         precision = choose_precision(name, device)
-        transformer = load_transformer(job, files, device, precision, wiring.progress)
+        # the reference may be in a precision that the backend asked for does not have
+        own = job if name == job.precision else replace(job, attention="auto")
+        transformer = load_transformer(own, files, device, precision, wiring.progress)
         return make_denoiser(job, transformer, device, wiring, tuning)
 
     with lanes.main():

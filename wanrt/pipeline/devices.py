@@ -13,6 +13,8 @@ from wanrt.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from wanrt.models.attention import AttentionBackend
+
 log = logging.getLogger("wanrt.pipeline")
 
 
@@ -81,6 +83,21 @@ def _refuse_without_fp8(device: torch.device) -> None:
 
     if reason := why_no_fp8(device):
         raise UsageError(f"precision fp8: {reason}; take --precision bf16")
+
+
+def choose_attention(
+    name: str, device: torch.device, precision: Precision, head_dim: int
+) -> AttentionBackend:
+    """The backend called `name`, one of `ATTENTIONS`; "auto" is resolved where attention is computed.
+
+    Raises `UsageError` for one that cannot run there: nothing else is taken silently.
+    """
+    from wanrt.models.attention import AttentionBackend, why_not
+
+    backend = AttentionBackend(name)
+    if reason := why_not(backend, device, precision.transformer, head_dim):
+        raise UsageError(f"attention {name}: {reason}; take --attention auto")
+    return backend
 
 
 def usable_cores() -> int:

@@ -99,17 +99,20 @@ def load_transformer(
     """Loads the transformer, or this rank's slices of it; `files` None draws random weights, the same whole.
 
     With `precision.fp8` its large products are quantised as they are read. Raises `WeightsError` as `load_stage0`,
-    `UsageError` for sizes that fp8 products cannot take.
+    `UsageError` for sizes that fp8 products cannot take, and for an attention backend that cannot run here.
     """
     from wanrt.models.transformer import WanTransformer
     from wanrt.parallel.apply import apply
     from wanrt.parallel.topology import MeshKind
+    from wanrt.pipeline.devices import choose_attention
     from wanrt.weights.checkpoint import identify
     from wanrt.weights.loading import build_on_meta, fill, open_transformer
     from wanrt.weights.random import RandomSource
 
+    config = job.preset.transformer_config()
+    attention = choose_attention(job.attention, device, precision, config.head_dim)
     with timed(progress, "transformer"):
-        model = callee = build_on_meta(lambda: WanTransformer(job.preset.transformer_config()))
+        model = callee = build_on_meta(lambda: WanTransformer(config, attention=attention))
         if files is None:
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
             checkpoint = identify(RandomSource(shapes, job.seed, device, precision.transformer))

@@ -213,6 +213,7 @@ def settings(job: RenderJob) -> Mapping[str, object]:
         "anchor",
         "topology",
         "precision",
+        "attention",
     )
     chosen = {name: getattr(job, name) for name in names}
     return {

@@ -55,7 +55,8 @@ class Shelf:
         compiled: bool,
     ) -> WanTransformer:
         """As `load_transformer`, unless the latest run had the same. `compiled`: it will be, in place: another one."""
-        same = (*_origin(job, files, device), precision.transformer, precision.fp8, compiled)
+        kind = (precision.transformer, precision.fp8, job.attention)
+        same = (*_origin(job, files, device), *kind, compiled)
         return self._take(
             "transformer", same, lambda: load_transformer(job, files, device, precision, progress)
         )

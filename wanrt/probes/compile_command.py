@@ -7,7 +7,7 @@ from pathlib import Path
 
 from wanrt.errors import UsageError
 from wanrt.panel import make_observer
-from wanrt.pipeline.devices import choose_device, choose_precision, set_threads
+from wanrt.pipeline.devices import choose_attention, choose_device, choose_precision, set_threads
 from wanrt.pipeline.run import one_line_errors
 from wanrt.pipeline.startup import Startup
 from wanrt.probes.compile_compare import compare
@@ -26,6 +26,7 @@ class Request:
     size: str | None = None
     layers: int | None = None
     precision: str = "auto"
+    attention: str = "auto"
     device: str = "auto"
     backend: str = "inductor"
     seed: int = 0
@@ -52,6 +53,8 @@ def _probe(request: Request) -> None:
     if request.json is not None:
         check_measurement(request.json)
     device = choose_device(request.device)
+    precision = choose_precision(request.precision, device)
+    attention = choose_attention(request.attention, device, precision, preset.transformer_config().head_dim)
     set_threads(device)
     talk = Startup(make_observer("plain").log)
     with one_line_errors():
@@ -61,7 +64,8 @@ def _probe(request: Request) -> None:
             size=size,
             layers=request.layers,
             device=device,
-            dtype=choose_precision(request.precision, device).transformer,
+            dtype=precision.transformer,
+            attention=attention,
             backend=request.backend,
             seed=request.seed,
         )

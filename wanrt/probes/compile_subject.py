@@ -12,6 +12,7 @@ import torch._dynamo
 import torch._inductor.config
 
 from wanrt.errors import RunError, UsageError
+from wanrt.models.attention import AttentionBackend
 from wanrt.models.kv_cache import CachePolicy, KVCache, Pass, PassPlan
 from wanrt.models.memory import LOCAL, Elementwise
 from wanrt.models.transformer import TextKV, TimeEmbedding, WanTransformer
@@ -158,6 +159,7 @@ def open_subject(
     layers: int | None,
     device: torch.device,
     dtype: torch.dtype,
+    attention: AttentionBackend = AttentionBackend.AUTO,
     backend: str = "inductor",
     seed: int = 0,
 ) -> CompileSubject:
@@ -176,7 +178,9 @@ def open_subject(
         raise UsageError(f"--backend: got {backend!r}, expected one of {', '.join(known)}")
     config = replace(config, num_layers=layers or config.num_layers)
     width, height = size or preset.video.sizes[0]
-    model = random_weights(build_on_meta(lambda: WanTransformer(config)), seed, device, dtype)
+    model = random_weights(
+        build_on_meta(lambda: WanTransformer(config, attention=attention)), seed, device, dtype
+    )
     if device.type == "cuda":
         join_products(model)  # as the pipeline does
     cache = KVCache.allocate(

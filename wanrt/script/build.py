@@ -204,6 +204,7 @@ class _Resolver:
             anchor=self._pick("anchor", preset.video.anchor),
             topology=flags.topology,
             precision=flags.precision,
+            attention=flags.attention,
             device=flags.device,
             weights=_path(flags.weights),
             random_weights=flags.random_weights,

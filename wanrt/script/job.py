@@ -11,6 +11,7 @@ from wanrt.script.timeline import Timeline, chunks_for
 
 ANCHORS = ("decode-all", "overlap", "anchor-only", "latent", "first-frame")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp8")
+ATTENTIONS = ("auto", "sdpa", "cudnn", "flash", "triton", "math")  # wanrt.models.attention.AttentionBackend
 CODECS = ("h264", "hevc", "av1", "vp9")
 
 
@@ -36,6 +37,7 @@ class RenderJob:
     anchor: str
     topology: str = "single"
     precision: str = "auto"
+    attention: str = "auto"
     device: str = "auto"
     weights: Path | None = None
     random_weights: bool = False

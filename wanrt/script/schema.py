@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, model_validator
 from wanrt.errors import UsageError
 from wanrt.parallel.topology import FORMS, Topology
 from wanrt.script import units
-from wanrt.script.job import ANCHORS, CODECS, PRECISIONS
+from wanrt.script.job import ANCHORS, ATTENTIONS, CODECS, PRECISIONS
 from wanrt.script.preset import Size, Table
 from wanrt.script.timeline import Blend, Curve
 from wanrt.script.units import Expected
@@ -178,6 +178,7 @@ class Flags(Settings):
 
     topology: Annotated[str, BeforeValidator(check_topology)] = "single"
     precision: Annotated[str, _word(PRECISIONS, "a precision")] = "auto"
+    attention: Annotated[str, _word(ATTENTIONS, "an attention backend")] = "auto"
     device: Annotated[str, BeforeValidator(check_device)] = "auto"
     weights: str | None = None
     random_weights: bool = False

@@ -1,0 +1,222 @@
+"""Attention with a scalar bias on the leading keys, in one kernel: no mask over keys and no second call to merge.
+
+One program holds a tile of queries and goes over all keys with the online softmax (Milakov & Gimelshein 2018,
+arXiv:1805.02867; Dao 2023, arXiv:2307.08691), sums in fp32. Attention does not care for the order of keys, so they are
+taken in blocks that are biased throughout or not at all: the bias of such a block is one number, and goes into the
+maximum that each row subtracts anyway. What is left at the end of the biased keys and of the others shares the last
+block, the only one that looks at keys one by one.
+
+Shapes: B batch, Tq queries, Tk keys, H heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of PyTorch brings no Triton; `attention_ref` serves there
+    triton = None
+
+HAVE_TRITON = triton is not None
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_HEAD, HEAD_STEP = 128, 16  # a product's inner axis is a multiple of 16; wider heads than 128 spill
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Launch shape: queries and keys of a tile, warps, and how many blocks of keys are on their way at once."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def choose(cls, head_dim: int, dtype: torch.dtype, capability: int) -> AttentionConfig:
+        """For heads of `head_dim` on a device of this compute capability (major); see `CONFIGS`."""
+        if dtype is torch.float32:
+            return FP32
+        wide = head_dim > 64
+        return CONFIGS.get((capability, wide), CONFIGS[8, wide])
+
+
+# By compute capability (major) and whether heads are wider than 64; half precisions. Others take the rows of 8, whose
+# blocks fit the 99 KiB of shared memory that every later device has.
+CONFIGS = {
+    # Two warp groups of 64 queries each, the least a wgmma takes. Queries 32 KiB, and 64 KiB a stage: three just fit
+    # 227 KiB. All 255 registers; four words of a loop that is biased spill, the rest outside.
+    (9, True): AttentionConfig(queries=128, keys=128, warps=8, stages=3),
+    (9, False): AttentionConfig(queries=128, keys=128, warps=8, stages=3),
+    # Queries stay in registers: the largest tiles that do not spill, in 64 and 40 KiB.
+    (8, True): AttentionConfig(queries=128, keys=32, warps=8, stages=3),
+    (8, False): AttentionConfig(queries=64, keys=64, warps=4, stages=3),
+}
+# Exact products run on the plain cores, out of registers: with larger tiles, or fewer warps, they spill more.
+FP32 = AttentionConfig(queries=32, keys=32, warps=8, stages=1)
+
+
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, keys: int = 0) -> Tensor:
+    """Compute what `attention` computes, in plain PyTorch with all scores in fp32."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = torch.cat((scores[..., :keys] + bias.float(), scores[..., keys:]), dim=-1)
+    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).contiguous()
+
+
+if triton is not None:
+
+    @triton.jit
+    def _rows(ptr, token, mask, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+        """Rows `token` of one head, [tokens, BLOCK_D]; zeros beyond D and, unless `mask` is None, where it is false."""
+        channel = tl.arange(0, BLOCK_D)
+        at = ptr + token[:, None] * stride + channel[None, :]
+        if mask is not None:
+            return tl.load(at, mask[:, None] & (channel < D)[None, :], 0.0)
+        elif D == BLOCK_D:  # noqa: RET505 (Triton compiles what follows a return that is taken)
+            return tl.load(at)
+        else:
+            return tl.load(at, (channel < D)[None, :], 0.0)
+
+    @triton.jit
+    def _absorb(sums, weight, top, scores, v, bias, SCALE: tl.constexpr, PRECISION: tl.constexpr):
+        """A block of keys into the running softmax: `scores` * SCALE + `bias` are the exponents, to base 2.
+
+        sums: [queries, BLOCK_D], sum of values, each 2^(exponent - top); weight: [queries], of the same powers.
+        top: [queries], the largest exponent so far.
+        """
+        larger = tl.maximum(top, tl.max(scores, axis=1) * SCALE + bias)
+        shrink = tl.exp2(top - larger)
+        powers = tl.exp2(scores * SCALE - (larger - bias)[:, None])
+        weight = weight * shrink + tl.sum(powers, axis=1)
+        sums = tl.dot(powers.to(v.dtype), v, sums * shrink[:, None], input_precision=PRECISION)
+        return sums, weight, larger
+
+    @triton.jit
+    def _attention_kernel(
+        q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, heads, queries, keys, biased,
+        q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+        SCALE: tl.constexpr,  # log2(e) / sqrt(D); as an argument, torch.compile would make it, and all it meets, fp64
+        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+        BIASED: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+        q_ptr += batch * q_batch + head * q_head
+        k_ptr += batch * k_batch + head * k_head
+        v_ptr += batch * v_batch + head * v_head
+        query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        q = _rows(q_ptr, query.to(tl.int64), query < queries, q_token, D, BLOCK_D)
+        sums = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+        weight = tl.zeros((BLOCK_Q,), tl.float32)
+        top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+        bias = 0.0
+        if BIASED:
+            bias = tl.load(bias_ptr).to(tl.float32) * 1.4426950408889634  # log2(e)
+        slot = tl.arange(0, BLOCK_K)
+
+        # Whole blocks: those of the biased keys, then those of the others, which begin at key `biased`.
+        first = biased // BLOCK_K
+        whole = first + (keys - biased) // BLOCK_K
+        for block in range(whole):
+            start = (block * BLOCK_K + tl.where(block < first, 0, biased % BLOCK_K)).to(tl.int64)
+            k = _rows(k_ptr + start * k_token, slot, None, k_token, D, BLOCK_D)
+            v = _rows(v_ptr + start * v_token, slot, None, v_token, D, BLOCK_D)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            extra = tl.where(block < first, bias, 0.0)
+            sums, weight, top = _absorb(sums, weight, top, scores, v, extra, SCALE, PRECISION)
+
+        # What is left: the last biased keys, then the last of the others.
+        ends = biased % BLOCK_K
+        left = keys - whole * BLOCK_K
+        for start in range(0, left, BLOCK_K):
+            place = start + slot
+            key = tl.where(place < ends, first * BLOCK_K, whole * BLOCK_K).to(tl.int64) + place
+            k = _rows(k_ptr, key, place < left, k_token, D, BLOCK_D)
+            v = _rows(v_ptr, key, place < left, v_token, D, BLOCK_D)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            scores += tl.where(place < left, tl.where(place < ends, bias / SCALE, 0.0), float("-inf"))[
+                None, :
+            ]
+            sums, weight, top = _absorb(sums, weight, top, scores, v, 0.0, SCALE, PRECISION)
+
+        channel = tl.arange(0, BLOCK_D)
+        out = out_ptr + ((batch * queries + query) * heads + head)[:, None] * D + channel[None, :]
+        mask = (query < queries)[:, None] & (channel < D)[None, :]
+        tl.store(out, (sums / weight[:, None]).to(out_ptr.dtype.element_ty), mask)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, keys: int = 0) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias of the first `keys` keys) v.
+
+    Triton on CUDA; `attention_ref` elsewhere.
+
+    Args:
+        q: [B, Tq, H, D], D contiguous, a multiple of 16 up to 128.
+        k, v: [B, Tk, H, D], D contiguous, Tk > 0, in q's dtype.
+        bias: 0-dim, finite, added to the scores of the first `keys` keys; read on the device. None: nothing is.
+        keys: how many.
+
+    Returns:
+        [B, Tq, H, D], contiguous, in q's dtype; sums and softmax in fp32.
+
+    Raises:
+        ValueError: shapes, layout or dtypes that do not fit, with what was got and expected.
+    """
+    _check(q, k, v, bias, keys)
+    if q.is_cuda and triton is not None:
+        return launch(q, k, v, bias, keys)
+    return attention_ref(q, k, v, bias, keys)
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keys: int, config: AttentionConfig | None = None
+) -> Tensor:
+    """Launch the Triton kernel; arguments as for `attention`, which has checked them. config: None: the table's."""
+    batch, queries, heads, head_dim = q.shape
+    config = config or _config_for(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # Batches and heads along the second axis: programs that run at the same time share a head's keys in the L2 cache.
+    _attention_kernel[(triton.cdiv(queries, config.queries), batch * heads)](
+        q, k, v, bias, out, heads, queries, k.shape[1], 0 if bias is None else keys,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        SCALE=math.log2(math.e) * head_dim**-0.5, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_Q=config.queries, BLOCK_K=config.keys,
+        BIASED=bias is not None, PRECISION="ieee", num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return out
+
+
+def _config_for(q: Tensor) -> AttentionConfig:
+    capability = torch.cuda.get_device_properties(q.device).major if q.is_cuda else 8  # the interpreter's
+    return AttentionConfig.choose(q.shape[3], q.dtype, capability)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keys: int) -> None:
+    if q.dim() != 4 or q.shape[3] % HEAD_STEP or not 0 < q.shape[3] <= LARGEST_HEAD or q.dtype not in DTYPES:
+        raise ValueError(
+            f"q: got {q.dtype} {tuple(q.shape)}; expected bf16, fp16 or fp32 [B, Tq, H, D], "
+            f"D a multiple of {HEAD_STEP} up to {LARGEST_HEAD}"
+        )
+    batch, _, heads, head_dim = q.shape
+    if (
+        k.dim() != 4
+        or k.shape != (batch, k.shape[1], heads, head_dim)
+        or k.shape != v.shape
+        or not k.shape[1]
+    ):
+        raise ValueError(
+            f"k, v: got shapes {tuple(k.shape)}, {tuple(v.shape)}; expected {[batch, 'Tk', heads, head_dim]}, Tk > 0"
+        )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(3) != 1 or x.dtype != q.dtype:
+            raise ValueError(f"{name}: got {x.dtype}, strides {x.stride()}; expected {q.dtype}, contiguous D")
+    if bias is not None and (bias.dim() != 0 or not 0 <= keys <= k.shape[1]):
+        raise ValueError(
+            f"bias: got shape {tuple(bias.shape)} for {keys} keys; expected a 0-dim tensor, 0 to {k.shape[1]} keys"
+        )
