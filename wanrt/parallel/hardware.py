@@ -38,17 +38,17 @@ class Device:
 
 
 # H200, bf16, 14B with random weights. Products: cuBLAS in the model's shapes; attention: cuDNN, 0.37 ms for a layer
-# of 2160 queries and 4320 keys; fixed: fitted to forwards of 1, 2 and 4 ranks, 89, 61 and 44 ms under TP; slack: a
-# compiled eager model against the sum of its parts, 521 ms against 450. VAE: 17.0 and 36.6 ms a latent at 576x320
-# and 832x480 (fastvae 0.1.0), the lone-frame encode from its 0.44 TFLOP. fp8: `torch._scaled_mm` with a scale a row,
-# 1260 to 1360 in the model's shapes.
-H200 = Device("H200", products=770, attention=500, decode=92.0, encode=16.0, fixed=0.1, slack=1.15, fp8=1300)
+# of 2160 queries and 4320 keys; fixed: see LINKS; slack: a compiled eager model against the sum of its parts, 521 ms
+# against 450. VAE: 17.0 and 36.6 ms a latent at 576x320 and 832x480 (fastvae 0.1.0), the lone-frame encode from its
+# 0.44 TFLOP. fp8: `torch._scaled_mm` with a scale a row, 1260 to 1360 in the model's shapes.
+H200 = Device("H200", products=770, attention=500, decode=92.0, encode=16.0, fixed=0.04, slack=1.15, fp8=1300)
 DEVICES = (H200,)
 
-# GB/s that a rank sends, and microseconds that each message costs before it flows. Fitted to the collectives of one
-# 14B forward (2160 tokens, bf16) between 2 and 4 H200: TP 12 and 14.5 ms, Ulysses 4.8 and 6.0 ms over NVLink; 95, 142,
-# 38 and 26 ms without peer-to-peer.
-LINKS = {Link.NVLINK: (240.0, 6.7), Link.HOST: (26.0, 0.0)}
+# GB/s that a rank sends, and microseconds that each message costs before it flows. Fitted, with `fixed`, to chunks of
+# 14B on two H100 (bf16, without VAE, ms at 576x320 and 832x480; tests/measurements/h100-two.json), of which one needs
+# 508 and 1222. NVLink, at its nominal rate: Ulysses 278 and 660, TP 299 and 689. Through the host: Ulysses 488 and
+# 1080, TP 833. All within 5 %.
+LINKS = {Link.NVLINK: (450.0, 5.9), Link.HOST: (23.5, 0.0)}
 # Messages a layer and peer that wait; those of an all-reduce are in its bandwidth already.
 PER_LAYER = {MeshKind.SINGLE: 0, MeshKind.TP: 0, MeshKind.ULYSSES: 4}
 TRANSFER_MS = 0.5  # latents up and envelope down, a few hundred kilobytes with their launch and wake-up
