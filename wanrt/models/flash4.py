@@ -1,8 +1,9 @@
 """FlashAttention-4 as one operator, if it is installed: PyPI flash-attn-4, kernels for compute capability 9, 10 and 12.
 
 The package is imported by the first call, as that takes seconds, and compiles its kernel then: one for all lengths and
-numbers of heads, so that whatever runs before a graph is captured has compiled it. It runs on the current stream.
-Verified to give what is said here: flash_attn/cute/interface.py of 4.0.0b36.
+numbers of heads, so that whatever runs before a graph is captured has compiled it. It runs on the current stream and
+waits for nothing. Limits and layouts are those of flash_attn/cute/interface.py in Dao-AILab/flash-attention, as
+released in 4.0.0b36.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 
 def _installed() -> bool:
-    """By the package's metadata: to look for the module would import flash_attn, which FlashAttention-2 may have made."""
+    """By the package's metadata: to look for the module would import its parent, which may be FlashAttention-2's."""
     try:
         version("flash-attn-4")
     except PackageNotFoundError:
@@ -40,7 +41,7 @@ def why_no_flash_4(capability: int) -> str | None:
     return None
 
 
-# An operator, as torch.compile cannot trace what is behind it. Its cost on the host is one of capturing a graph only.
+# An operator, as torch.compile cannot trace what is behind it: 10 us a call on the host, which a CUDA graph saves.
 @torch.library.custom_op(
     "wanrt::flash_attention_4", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)"
 )
