@@ -1,11 +1,13 @@
 """Biased attention against an fp64 softmax written out."""
 
 import math
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 
-from wanrt.models import attention
+from wanrt.models import attention, flash4
 from wanrt.models.attention import AttentionBackend, Default, KeyBias, attend, choices, choose, why_not
 from wanrt.script.job import ATTENTIONS
 
@@ -28,6 +30,25 @@ def draw_qkv(dtype, tq, tk, *, heads=3, dim=16, device="cpu"):
     return [torch.randn(s, generator=generator).to(device=device, dtype=dtype) for s in shapes]
 
 
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """A stand-in for flash-attn-4 that computes in fp64; gives the list of its calls' shapes."""
+    calls = []
+
+    def flash_attn_func(q, k, v, *, return_lse):
+        assert return_lse
+        calls.append((tuple(q.shape), tuple(k.shape), tuple(v.shape)))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / math.sqrt(q.shape[-1])
+        return softmax_attention(q, k, v).to(q.dtype).contiguous(), scores.logsumexp(-1).float()
+
+    package, module = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
+    module.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    monkeypatch.setattr(flash4, "HAVE_FLASH_4", True)
+    return calls
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize(("tq", "tk", "keys"), [(5, 9, 4), (7, 7, 0), (1, 3, 2), (33, 130, 65)])
@@ -43,6 +64,39 @@ def test_attend_equals_softmax(dtype, backend, tq, tk, keys, b):
 def test_no_bias_is_plain_attention():
     q, k, v = draw_qkv(torch.float32, 4, 6)
     torch.testing.assert_close(attend(q, k, v).double(), softmax_attention(q, k, v), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tq", "tk", "keys"), [(5, 9, 4), (33, 130, 65)])
+@pytest.mark.parametrize("b", [1.0, 0.3, 1e-4])
+def test_two_calls_of_flash_attention_4_are_merged(flash_attn, dtype, tq, tk, keys, b):
+    q, k, v = draw_qkv(dtype, tq, tk)
+    got = attend(q, k, v, KeyBias(torch.tensor(b).log(), keys), backend=AttentionBackend.FA4)
+    assert flash_attn == [((2, tq, 3, 16), *[(2, n, 3, 16)] * 2) for n in (tk - keys, keys)]
+    assert got.dtype == dtype
+    error = (got.double() - softmax_attention(q, k, v, math.log(b), keys)).abs().max().item()
+    assert error <= TOLERANCES[dtype]
+
+
+def test_flash_attention_4_without_bias_is_one_call(flash_attn):
+    q, k, v = draw_qkv(torch.float16, 4, 6)
+    got = attend(q, k, v, backend=AttentionBackend.FA4)
+    assert len(flash_attn) == 1
+    assert got.is_contiguous()
+    torch.testing.assert_close(got.double(), softmax_attention(q, k, v), rtol=0, atol=2e-3)
+
+
+def test_flash_attention_4_compiles_into_one_graph(flash_attn):
+    q, k, v = draw_qkv(torch.float16, 4, 6)
+    bias = KeyBias(torch.tensor(-1.0), 2)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        got = compiled(q, k, v, bias, backend=AttentionBackend.FA4)
+    assert torch.equal(got, attend(q, k, v, bias, backend=AttentionBackend.FA4))
+
+
+def test_flash_attention_4_is_a_valid_operator(flash_attn):
+    torch.library.opcheck(flash4.flash_4, tuple(draw_qkv(torch.float16, 4, 6)))
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
@@ -92,6 +146,17 @@ def test_table_may_go_by_rows_and_bias(monkeypatch):
     assert both == (AttentionBackend.TRITON, AttentionBackend.CUDNN)
 
 
+@pytest.mark.parametrize(
+    ("installed", "chosen"), [(True, AttentionBackend.FA4), (False, AttentionBackend.CUDNN)]
+)
+def test_line_of_what_is_not_installed_does_not_count(monkeypatch, installed, chosen):
+    monkeypatch.setattr(attention, "_capability", lambda device: 9)
+    monkeypatch.setattr(attention, "HAVE_FLASH_4", installed)
+    line = Default(AttentionBackend.FA4, range(9, 11))
+    monkeypatch.setattr(attention, "CUDA_DEFAULTS", (line, *attention.CUDA_DEFAULTS))
+    assert choices(AttentionBackend.AUTO, CUDA, torch.bfloat16, 128, biased=True) == (chosen,)
+
+
 def test_choosing_is_traced(monkeypatch):
     """Layers are compiled whole, and the table is looked up inside them."""
     monkeypatch.setattr(attention, "_capability", lambda device: 9)
@@ -111,7 +176,7 @@ def test_command_line_has_every_backend():
 @pytest.mark.parametrize("backend", AttentionBackend)
 def test_a_cpu_runs_what_torch_can(backend):
     reason = why_not(backend, CPU, torch.bfloat16, 128)
-    own = (AttentionBackend.CUDNN, AttentionBackend.FLASH, AttentionBackend.TRITON)
+    own = (AttentionBackend.CUDNN, AttentionBackend.FLASH, AttentionBackend.FA4, AttentionBackend.TRITON)
     assert reason == ("cpu is not a CUDA device" if backend in own else None)
 
 
@@ -121,6 +186,8 @@ def test_a_cpu_runs_what_torch_can(backend):
         (AttentionBackend.FLASH, torch.float32, 128, "torch.float32 is not a half precision"),
         (AttentionBackend.CUDNN, torch.float32, 128, "torch.float32 is not a half precision"),
         (AttentionBackend.CUDNN, torch.bfloat16, 20, "heads of 20, not of a multiple of 8 up to 128"),
+        (AttentionBackend.FA4, torch.float32, 128, "torch.float32 is not a half precision"),
+        (AttentionBackend.FA4, torch.bfloat16, 136, "heads of 136, not of a multiple of 8 up to 128"),
         (AttentionBackend.TRITON, torch.float32, 128, None),
         (AttentionBackend.TRITON, torch.bfloat16, 40, "heads of 40, not of a multiple of 16 up to 128"),
     ],
@@ -137,15 +204,67 @@ def test_triton_that_is_not_installed_is_said(monkeypatch):
     assert why_not(AttentionBackend.TRITON, CUDA, torch.bfloat16, 128) == "Triton is not installed"
 
 
+@pytest.mark.parametrize("capability", [8, 9, 10, 11, 12])
+def test_flash_attention_4_runs_on_some_gpus(monkeypatch, flash_attn, capability):
+    monkeypatch.setattr(attention, "_capability", lambda device: capability)
+    reason = why_not(AttentionBackend.FA4, CUDA, torch.bfloat16, 128)
+    refused = f"compute capability {capability}, not 9, 10 or 12"
+    assert reason == (refused if capability in (8, 11) else None)
+
+
+def test_flash_attention_4_that_is_not_installed_is_said(monkeypatch):
+    monkeypatch.setattr(attention, "_capability", lambda device: 9)
+    monkeypatch.setattr(flash4, "HAVE_FLASH_4", False)
+    reason = why_not(AttentionBackend.FA4, CUDA, torch.bfloat16, 128)
+    assert reason == "flash-attn-4 is not installed; pip install 'wanrt[fa4]'"
+
+
+def test_flash_attention_4_that_is_broken_is_said(monkeypatch):
+    monkeypatch.setattr(attention, "_capability", lambda device: 9)
+    monkeypatch.setattr(flash4, "HAVE_FLASH_4", True)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)  # importing it fails
+    reason = why_not(AttentionBackend.FA4, CUDA, torch.bfloat16, 128)
+    assert reason.startswith("flash-attn-4 cannot be imported: ModuleNotFoundError: ")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("backend", AttentionBackend)
 @pytest.mark.parametrize(("tq", "tk", "keys"), [(2160, 4320, 1440), (720, 1440, 0), (333, 1001, 500)])
 def test_attend_equals_softmax_on_cuda(dtype, backend, tq, tk, keys):
-    if dtype is torch.float32 and backend in (AttentionBackend.CUDNN, AttentionBackend.FLASH):
-        pytest.skip("half precisions only")
+    if reason := why_not(backend, torch.device("cuda", torch.cuda.current_device()), dtype, 128):
+        own = (AttentionBackend.CUDNN, AttentionBackend.FLASH, AttentionBackend.FA4)
+        assert backend is AttentionBackend.FA4 or (backend in own and dtype is torch.float32), reason
+        pytest.skip(reason)
     q, k, v = draw_qkv(dtype, tq, tk, heads=2, dim=128, device="cuda")
     bias = torch.tensor(0.3, device="cuda").log()
     got = attend(q, k, v, KeyBias(bias, keys), backend=backend)
     error = (got.double() - softmax_attention(q, k, v, math.log(0.3), keys)).abs().max().item()
     assert error <= TOLERANCES[dtype]
+
+
+@pytest.fixture
+def real_flash_attn():
+    if reason := why_not(AttentionBackend.FA4, torch.device("cuda", 0), torch.bfloat16, 128):
+        pytest.skip(reason)
+
+
+@pytest.mark.gpu
+def test_flash_attention_4_is_what_its_operator_says(real_flash_attn):
+    q, k, v = draw_qkv(torch.bfloat16, 333, 1001, dim=128, device="cuda")
+    torch.library.opcheck(flash4.flash_4, (q, k[:, 500:], v[:, 500:]))
+
+
+@pytest.mark.gpu
+def test_flash_attention_4_is_captured(real_flash_attn):
+    """Both calls, on their two streams, in one graph that reads the bias and the queries anew."""
+    q, k, v = draw_qkv(torch.bfloat16, 333, 1001, dim=128, device="cuda")
+    bias = KeyBias(torch.zeros((), device="cuda"), 500)
+    attend(q, k, v, bias, backend=AttentionBackend.FA4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(q, k, v, bias, backend=AttentionBackend.FA4)
+    bias.value.fill_(-2.0)
+    q.mul_(0.5)
+    graph.replay()
+    assert torch.equal(out, attend(q, k, v, bias, backend=AttentionBackend.FA4))

@@ -81,7 +81,7 @@ GPU = {
 CPU = {
     "aten::addmm": "gemm", "aten::mm": "gemm", "aten::bmm": "gemm", "aten::baddbmm": "gemm",
     "mkldnn::_linear_pointwise": "gemm", "mkl::_mkl_linear": "gemm",
-    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention", "wanrt::flash_attention_4": "attention",
     "aten::mkldnn_convolution": "convolution", "aten::_convolution": "convolution",
     "aten::native_layer_norm": "elementwise", "aten::gelu": "elementwise", "aten::addcmul": "elementwise",
     "aten::mean": "elementwise", "aten::_softmax": "elementwise", "aten::mul": "elementwise",

@@ -22,7 +22,8 @@ def command(
         str, typer.Option("--precision", metavar="TYPE", help="auto, bf16, fp16 or fp32.")
     ] = "auto",
     attention: Annotated[
-        str, typer.Option("--attention", metavar="NAME", help="auto, sdpa, cudnn, flash, triton or math.")
+        str,
+        typer.Option("--attention", metavar="NAME", help="auto, sdpa, cudnn, flash, fa4, triton or math."),
     ] = "auto",
     device: Annotated[
         str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")

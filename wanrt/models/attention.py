@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wanrt.models.flash4 import HAVE_FLASH_4, flash_4, why_no_flash_4
 from wanrt_kernels.attention import HAVE_TRITON, HEAD_STEP, LARGEST_HEAD, attention
 from wanrt_kernels.merge import merge
 
@@ -34,6 +35,7 @@ class AttentionBackend(StrEnum):
     SDPA = "sdpa"  # torch decides
     CUDNN = "cudnn"
     FLASH = "flash"  # FlashAttention-2 inside torch
+    FA4 = "fa4"  # FlashAttention-4, a package of its own
     TRITON = "triton"  # wanrt's own kernel
     MATH = "math"  # products and softmax written out, scores in fp32
 
@@ -49,7 +51,7 @@ class Default:
     """A line of `CUDA_DEFAULTS`.
 
     Attributes:
-        backend: what AUTO takes.
+        backend: what AUTO takes, if it is installed.
         capabilities: on devices of these compute capabilities (major).
         biased: only with a KV bias (True), only without (False), or either way (None).
         fewest_rows, most_rows: queries times heads, of all of the batch.
@@ -64,15 +66,27 @@ class Default:
     def fits(self, capability: int, rows: int, *, biased: bool) -> bool:
         """Whether this line is meant for such a call."""
         return (
-            capability in self.capabilities
+            (HAVE_FLASH_4 or self.backend is not AttentionBackend.FA4)
+            and capability in self.capabilities
             and self.biased in (None, biased)
             and self.fewest_rows <= rows <= self.most_rows
         )
 
 
 # What AUTO takes on CUDA in half precisions with head_dim <= 128: the first line that fits.
+#
+# H100, ms a call in bf16, heads of 128, without a KV bias / with one on a third of the keys:
+#
+#   heads, queries, keys   cudnn           triton          flash           sdpa, with a mask
+#   40, 2160, 4320         0.358 / 0.372   0.418 / 0.408   0.605 / 0.621   0.554
+#   20, 2160, 4320         0.181 / 0.198   0.228 / 0.245*
+#   10, 2160, 4320         0.125 / 0.110   0.142 / 0.128
+#   40, 4680, 9360         1.662 / 1.655   2.065 / 2.040   2.698 / 2.658   2.370
+#   20, 4680, 9360         0.832 / 0.775
+#
+# triton: tiles of 64x64; * of 128x128, which at 40 heads and 4680 queries take 1.894 / 2.010.
+# fa4 was not measured yet, and no line names it; a line that does counts only where it is installed.
 CUDA_DEFAULTS = (
-    # H200, 40 heads, 2160 queries: cuDNN 0.37 ms, flash 0.67 ms
     Default(AttentionBackend.CUDNN, range(9, 11)),
     # every GPU since Ampere has it
     Default(AttentionBackend.FLASH, range(8, sys.maxsize)),
@@ -107,6 +121,8 @@ def why_not(backend: AttentionBackend, device: torch.device, dtype: torch.dtype,
         return f"{dtype} is not a half precision"
     if head_dim > LARGEST_HEAD or head_dim % 8:
         return f"heads of {head_dim}, not of a multiple of 8 up to {LARGEST_HEAD}"
+    if backend is AttentionBackend.FA4:
+        return why_no_flash_4(_capability(device))
     missing = {
         AttentionBackend.CUDNN: not torch.backends.cudnn.is_available(),
         AttentionBackend.FLASH: not torch.backends.cuda.is_flash_attention_available(),
@@ -243,6 +259,9 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _attend_lse(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> tuple[Tensor, Tensor]:
     """Plain attention `[B, H, Tq, D]` and the fp32 log-sum-exp `[B, H, Tq]` of its scores."""
+    if backend is AttentionBackend.FA4:
+        out, lse = flash_4(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2), lse
     if backend is AttentionBackend.CUDNN:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
         return out, lse.reshape(q.shape[:3])

@@ -64,7 +64,10 @@ _CPU: tuple[tuple[Work, str], ...] = (
     (Work.ELEMENTWISE, r"cpp_fused|mkldnn::_(gelu|softmax)"),
     (Work.GEMM, r"packed_gemm|micro_gemm|cpp_\w*template"),
     (Work.COLLECTIVE, r"^c10d::|^_c10d_functional::|^gloo:|^nccl:"),
-    (Work.ATTENTION, r"::_(scaled_dot_product_(flash|efficient|cudnn|fused)|flash|efficient)_attention"),
+    (
+        Work.ATTENTION,
+        r"::_(scaled_dot_product_(flash|efficient|cudnn|fused)|flash|efficient)_attention|^wanrt::flash_attention",
+    ),
     (
         Work.CONVOLUTION,
         r"::(_?convolution|mkldnn_convolution|conv[123]d|thnn_conv|slow_conv|_convolution)|mkldnn::_conv",

@@ -11,7 +11,8 @@ from wanrt.script.timeline import Timeline, chunks_for
 
 ANCHORS = ("decode-all", "overlap", "anchor-only", "latent", "first-frame")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp8")
-ATTENTIONS = ("auto", "sdpa", "cudnn", "flash", "triton", "math")  # wanrt.models.attention.AttentionBackend
+# values of wanrt.models.attention.AttentionBackend
+ATTENTIONS = ("auto", "sdpa", "cudnn", "flash", "fa4", "triton", "math")
 CODECS = ("h264", "hevc", "av1", "vp9")
 
 
