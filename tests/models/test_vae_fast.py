@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wanrt.models.vae import VaeConfig, WanVae
-from wanrt.models.vae_fast import FastVae, fold_nearest
+from wanrt.models.vae_fast import FastVae, Pending, fold_nearest
 
 # of the output's scale; both sides round at other places, so half precisions are held to their own noise below
 FP32 = 2e-5
@@ -64,6 +64,42 @@ def test_encode_frame_equals_the_plain_module(config):
     factor = 2 ** (len(config.dim_mult) - 1)
     pixels = torch.rand(1, 3, 1, 6 * 8, 4 * factor * 2) * 2 - 1
     assert error(fast.encode_frame(pixels), vae.encode_frame(pixels)) <= FP32
+
+
+def test_nothing_to_finish_launches_nothing(monkeypatch):
+    from wanrt.models import vae_fast
+
+    monkeypatch.setattr(vae_fast, "norm_stack", None)
+    x = torch.randn(1, 2, 3, 4)
+    assert all(result is x for result in Pending(x).finish())
+    y, total = Pending(x).finish(keep=False)
+    assert y is x
+    assert total is None
+
+
+@pytest.mark.parametrize("work", ["bias", "residual", "scale", "state", "shuffled"])
+def test_anything_to_finish_is_done(work):
+    x = torch.randn(1, 2, 2, 4)
+    more = {"bias": torch.ones(4), "residual": torch.ones_like(x), "shuffled": True}
+    late = {"scale": torch.ones(4), "state": torch.ones(2, 2, 2, 4)}
+    y, _ = Pending(x, **{k: v for k, v in more.items() if k == work}).finish(
+        **{k: v for k, v in late.items() if k == work}
+    )
+    assert y.shape != x.shape or not torch.equal(y, x)
+
+
+def test_pixels_are_padded_with_zeros_in_the_encoder_s_dtype():
+    fast = FastVae(random_vae(CONFIGS[1]), dtype=torch.float32)
+    pixels = torch.rand(1, 3, 1, 16, 24) * 2 - 1
+    seen = []
+    fast.encoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    fast.encode_frame(pixels)
+    (x,) = seen
+    assert x.dtype == torch.float16
+    assert x.is_contiguous()
+    assert torch.equal(x[..., :3], pixels[0].permute(1, 2, 3, 0).half())
+    assert x.shape == (1, 16, 24, 8)
+    assert not x[..., 3:].any()
 
 
 def test_a_stream_may_change_from_plain_to_fast_and_back():

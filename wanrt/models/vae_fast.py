@@ -70,7 +70,10 @@ class Pending:
         window: bool = False,
         keep: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Add, normalise, and put together with the past; see `norm_stack`."""
+        """Add, normalise, and put together with the past; see `norm_stack`. With nothing to do, `x` itself."""
+        nothing_to_add = self.bias is None and self.residual is None and not self.shuffled
+        if nothing_to_add and scale is None and state is None:
+            return self.x, self.x if keep else None
         return norm_stack(
             self.x,
             scale,
@@ -464,6 +467,11 @@ class FastVae(nn.Module):
         """
         if pixels.shape[:3] != (1, 3, 1):
             raise ValueError(f"got pixels of shape {list(pixels.shape)}, expected [1, 3, 1, H, W]: one frame")
-        x = F.pad(pixels[0].permute(1, 2, 3, 0), (0, -3 % TENSOR_CORE_CHANNELS)).to(self.encode_dtype)
-        hidden = self.encoder(x.contiguous(), None)
+        hidden = self.encoder(self._padded(pixels[0].permute(1, 2, 3, 0)), None)
         return F.linear(hidden, self.to_mean, self.mean_bias).permute(3, 0, 1, 2)[None]
+
+    def _padded(self, frame: Tensor) -> Tensor:
+        """[1, H, W, 3], any strides and dtype -> [1, H, W, 8], contiguous, the encoder's dtype: zeros and one copy."""
+        padded = frame.new_zeros(*frame.shape[:3], TENSOR_CORE_CHANNELS, dtype=self.encode_dtype)
+        padded[..., : frame.shape[3]] = frame
+        return padded
