@@ -52,6 +52,12 @@ def draw(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).cuda()
 
 
+def drawn(device):
+    """The model with its weights, drawn on the device: on a CPU it takes longer than all that is tested."""
+    with torch.device(device):
+        return build(CONFIG)
+
+
 def prepared(model, dtype, quantise):
     """A built model as the pipeline would run it on this GPU."""
     model = model.to(dtype).cuda()
@@ -123,7 +129,7 @@ def rank_main(rank, size, store, results):
     group = dist.group.WORLD
     peers = open_peers(group, device)
     assert peers is not None, "these GPUs do not reach each other; the log says why"
-    made, whole = {}, build(CONFIG)
+    made, whole = {}, drawn(device)
     for kind, precision, exchange in product(KINDS, PRECISIONS, EXCHANGES):
         plan = ShardPlan.of(Topology.parse(f"{kind}={size}"))
         shared = peers if exchange == "peers" else None
@@ -158,7 +164,7 @@ def ranks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def single():
     """Errors of the single model on one GPU against itself in fp32, by precision; and the latter's latents."""
-    whole = build(CONFIG)
+    whole = drawn("cuda")
     exact = measured(prepared(deepcopy(whole), torch.float32, False), None, graphs=False).first
     alone = {
         precision: measured(prepared(deepcopy(whole), torch.bfloat16, precision == "fp8"), None)
