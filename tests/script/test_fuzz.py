@@ -4,7 +4,7 @@ import io
 import re
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from wanrt.errors import ScriptError
@@ -145,6 +145,7 @@ def documents(draw):
 
 @MANY
 @given(documents())
+@example('[[scene]]\ntransition = {"\u200b" = ""}'.encode())  # a key that nobody sees
 def test_structured_tables(raw):
     job_or_findings(raw)
 

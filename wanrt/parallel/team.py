@@ -254,6 +254,7 @@ class Team:
         while seat.process.is_alive() and time.monotonic() < deadline and not seat.failed:
             self._hear(seat, 0.05)
             seat.process.join(0.01)
+        self._hear(seat, 0.0)  # what it said last, or while another one was waited for
 
     def _culprit(self) -> _Seat | None:
         """Who failed first: a rank that was killed, else one that said why, else one that is gone."""

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from wanrt.script.source import Path, Source
-from wanrt.script.units import Expected, nearest, show
+from wanrt.script.units import Expected, nearest, printable, show
 
 # What describes the machine or the run, not the video; prompt files travel.
 FLAGS_ONLY = ("topology", "precision", "device", "weights", "random_weights", "force", "stats", "trace")
@@ -55,9 +55,9 @@ def key_text(path: Path) -> str:
         if isinstance(part, int):
             words[-1] = f"{words[-1]} {part + 1}," if words else f"entry {part + 1},"
         elif words and not words[-1].endswith(","):
-            words[-1] += f".{part}"
+            words[-1] += f".{printable(part)}"
         else:
-            words.append(part)
+            words.append(printable(part))
     return " ".join(words).rstrip(",")
 
 

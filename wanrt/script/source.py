@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wanrt.errors import ScriptError
+from wanrt.script.units import printable
 
 Path = tuple[str | int, ...]
 
@@ -82,7 +83,7 @@ def _bad_line(bad: tomllib.TOMLDecodeError, text: str) -> int:
 def _reason(bad: tomllib.TOMLDecodeError) -> str:
     """tomllib's message on one line, without its position, and quoted text that cannot be printed escaped."""
     text = re.sub(r"\s*\(at (line \d+, column \d+|end of document)\)", "", str(bad).splitlines()[0])
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return printable(text)
 
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")

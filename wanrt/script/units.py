@@ -216,5 +216,10 @@ def show(value: object, limit: int = 60) -> str:
         return "a number of many digits"
     else:
         text = str(value)
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    text = printable(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """`text` on one line that a terminal shows as it is: what cannot be printed is escaped."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
