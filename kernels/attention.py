@@ -23,7 +23,6 @@ try:
 except ImportError:  # a CPU build of PyTorch brings no Triton; `attention_ref` serves there
     triton = None
 
-HAVE_TRITON = triton is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD, HEAD_STEP = 128, 16  # a product's inner axis is a multiple of 16; wider heads than 128 spill
 

@@ -14,12 +14,12 @@ Shapes: T tokens of all ranks, C channels, F latent frames of T / F consecutive 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from wanrt_kernels.adaln import (
+    AddNormConfig,
     add_norm_ref,
     add_norm_rows_ref,
     check_modulation,
@@ -38,20 +38,6 @@ try:
     from wanrt_kernels.shared import pointer_on
 except ImportError:  # a CPU build of PyTorch brings no Triton, and has no other rank's memory either
     triton = None
-
-
-@dataclass(frozen=True)
-class SharedAddNormConfig:
-    """Launch shape: `block` channels (a power of two, one token a program) and warps."""
-
-    block: int
-    warps: int
-
-    @classmethod
-    def for_channels(cls, channels: int) -> SharedAddNormConfig:
-        """A token stays in registers, as in `adaln`: 64 values per thread at 8192, the padded 14B width."""
-        block = 1 << (channels - 1).bit_length()
-        return cls(block=block, warps=max(1, min(4, block // 512)))
 
 
 def shared_add_norm_ref(
@@ -132,10 +118,9 @@ if triton is not None:
         if QUANTISE:
             normed, row_scale = quantise_row(normed)
         out = normed.to(out_ptr.dtype.element_ty)
+        # each rank begins with itself: all at once would find the way to rank 0 too narrow
         for i in tl.static_range(RANKS):
-            r = (
-                rank + i
-            ) % RANKS  # each begins with itself: all at once would find the way to rank 0 too narrow
+            r = (rank + i) % RANKS
             tl.store(pointer_on(r, out_ptr, outs) + there, out, mask)
             if QUANTISE:
                 tl.store(pointer_on(r, row_scale_ptr, row_scales) + token, row_scale)
@@ -215,7 +200,7 @@ def _launch(
     _check(x, partial, gate, scale, shift, rank)
     (_, share, channels), tokens = x.shape, partial.here.shape[1]
     total = torch.empty_like(x)
-    config = SharedAddNormConfig.for_channels(channels)
+    config = AddNormConfig.for_channels(channels)
     _shared_add_norm_kernel[(share,)](
         x, *partial, gate, scale, shift,
         total, *out, *(row_scale or (None, None)),

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanrt.models.flash4 import HAVE_FLASH_4, flash_4, why_no_flash_4
-from wanrt_kernels.attention import HAVE_TRITON, HEAD_STEP, LARGEST_HEAD, attention
+from wanrt_kernels.adaln import HAVE_TRITON
+from wanrt_kernels.attention import HEAD_STEP, LARGEST_HEAD, attention
 from wanrt_kernels.merge import merge
 
 Pair = tuple[Tensor, Tensor]  # attention and its log-sum-exp

@@ -236,14 +236,10 @@ class KVCache:
 
     def slots(self, plan: PassPlan) -> tuple[tuple[slice, slice], ...]:
         """Where a pass keeps its keys and values: pairs of (tokens of the pass, tokens of the buffer)."""
-        if plan.pass_ is Pass.CONTEXT:
-            return self._context_slots(plan.frames)
-        first = self._tokens(self.capacity)
-        count = self._tokens(plan.frames)
-        return ((slice(0, count), slice(first, first + count)),)
+        return self._turned(plan.frames, *self.frame_slots(plan))
 
     def frame_slots(self, plan: PassPlan) -> tuple[int, int]:
-        """(first, turn): frame f of a pass of F is kept in frame first + (f - turn) mod F of the buffer; as `slots`."""
+        """`slots` as a rule, (first, turn): frame f of F is kept in frame first + (f - turn) mod F of the buffer."""
         if plan.pass_ is Pass.CONTEXT:
             return self.capacity - plan.frames, 1
         return self.capacity, 0
@@ -271,7 +267,7 @@ class KVCache:
         values = self._roll(self._logical_values(layer, plan.context), value, plan)
         layer.raw_key[:, : raw.shape[1]].copy_(raw)
         flat, cos, sin = raw.flatten(2), self.rope.cos, self.rope.sin
-        for tokens, slots in self._context_slots(plan.keep):
+        for tokens, slots in self._turned(plan.keep, self.capacity - plan.keep, 1):
             out = layer.key[:, slots]
             rope_norm(
                 flat[:, tokens], None, cos[tokens], sin[tokens], head_dim=out.shape[3], eps=0.0, out=out
@@ -293,12 +289,12 @@ class KVCache:
             return layer.value[:, :0]
         return torch.cat((layer.value[:, anchor:end], layer.value[:, lo:anchor]), dim=1)
 
-    def _context_slots(self, frames: int) -> tuple[tuple[slice, slice], ...]:
-        """As `slots`, for `frames` context frames in logical order: frame 0 apart from the others."""
-        lo, anchor, end = (self._tokens(self.capacity - n) for n in (frames, 1, 0))
-        one = end - anchor
-        rest = ((slice(one, self._tokens(frames)), slice(lo, anchor)),) if frames > 1 else ()
-        return (slice(0, one), slice(anchor, end)), *rest
+    def _turned(self, frames: int, first: int, turn: int) -> tuple[tuple[slice, slice], ...]:
+        """As `slots`, for the rule of `frame_slots`: the first `turn` frames come last."""
+        start, middle, end = (self._tokens(first + n) for n in (0, frames - turn, frames))
+        cut = end - middle
+        pairs = (slice(0, cut), slice(middle, end)), (slice(cut, end - start), slice(start, middle))
+        return tuple(pair for pair in pairs if pair[0].stop > pair[0].start)
 
     def _tokens(self, frames: int) -> int:
         return frames * self.rope.tokens_per_frame

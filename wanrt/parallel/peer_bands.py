@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wanrt.parallel.peers import Peers
+from wanrt.parallel.peers import Peers, share
 from wanrt_kernels.peer_lines import ALIGNMENT, Room, send_lines, send_part, spacing, take_lines
-from wanrt_kernels.shared import Shared
 
 
 class PeerNeighbours:
@@ -81,9 +80,7 @@ class PeerNeighbours:
         size = -(-values * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         room = next((room for room in self._rooms if room.own.shape[1] >= size), None)
         if room is None:
-            with torch.inference_mode(False):  # it outlives the call that makes it
-                own = self._peers.empty((2, size), torch.uint8)
-                room = Room(Shared(own, self._peers.addresses(own)), self._turn)
+            room = Room(share(self._peers, (2, size), torch.uint8), self._turn)
             self._rooms.append(room)
         return room
 

@@ -72,6 +72,13 @@ class Peers(Protocol):
         ...
 
 
+def share(peers: Peers, shape: Sequence[int], dtype: torch.dtype) -> Shared:
+    """A tensor of `Peers.empty` that outlives the call in which it is made. Joint."""
+    with torch.inference_mode(False):  # else later passes outside could not write to it
+        here = peers.empty(shape, dtype)
+        return Shared(here, peers.addresses(here))
+
+
 class SharedBuffers:
     """Buffers of `Peers`, each as large as was ever asked for. Every rank asks for the same, in the same order.
 
@@ -87,13 +94,8 @@ class SharedBuffers:
         size = math.prod(shape)
         found = self._buffers.get((name, dtype))
         if found is None or found.here.numel() < size:
-            found = self._buffers[name, dtype] = self._allocate(size, dtype)
+            found = self._buffers[name, dtype] = share(self._peers, (size,), dtype)
         return Shared(found.here[:size].view(*shape), found.addresses)
-
-    def _allocate(self, size: int, dtype: torch.dtype) -> Shared:
-        with torch.inference_mode(False):  # else later passes outside could not write to it
-            here = self._peers.empty((size,), dtype)
-            return Shared(here, self._peers.addresses(here))
 
 
 class CudaPeers:

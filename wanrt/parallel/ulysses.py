@@ -42,14 +42,10 @@ def own_rows(rope: RopeTable, rank: int, size: int) -> RopeTable:
 
 
 @dataclass(frozen=True)
-class UlyssesMemory:
-    """A layer's memory seen from a rank's tokens; keys and values are stored for all tokens of its heads.
-
-    Norm, rotation and rounding come before the exchange, as in one process, so the same numbers are exchanged.
-    """
+class _RankMemory:
+    """What a rank's tokens see of a layer's memory."""
 
     whole: CachedMemory
-    group: ProcessGroup
 
     @property
     def ops(self) -> Elementwise:
@@ -60,6 +56,16 @@ class UlyssesMemory:
     def backend(self) -> AttentionBackend:
         """What computes attention."""
         return self.whole.backend
+
+
+@dataclass(frozen=True)
+class UlyssesMemory(_RankMemory):
+    """A layer's memory seen from a rank's tokens; keys and values are stored for all tokens of its heads.
+
+    Norm, rotation and rounding come before the exchange, as in one process, so the same numbers are exchanged.
+    """
+
+    group: ProcessGroup
 
     def attend(self, norms: QKNorm, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `CachedMemory.attend`, for `[B, F * m, C]` of this rank's tokens; gives `[B, F * m, H, D]`."""
@@ -96,7 +102,7 @@ class UlyssesMemory:
 
 
 @dataclass(frozen=True)
-class PeerMemory:
+class PeerMemory(_RankMemory):
     """As `UlyssesMemory`, for ranks that store in each other's memory; the cache's buffers must be `Peers.empty`'s.
 
     Two barriers a layer keep every store clear of every reader. Behind the first all ranks have stored what this layer
@@ -106,25 +112,14 @@ class PeerMemory:
     reads behind the first it alone wrote, and the next pass has a first one before it gets there.
     """
 
-    whole: CachedMemory
     peers: Peers
     buffers: SharedBuffers
-
-    @property
-    def ops(self) -> Elementwise:
-        """What runs between matrix products."""
-        return self.whole.ops
-
-    @property
-    def backend(self) -> AttentionBackend:
-        """What computes attention."""
-        return self.whole.backend
 
     def attend(self, norms: QKNorm, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `UlyssesMemory.attend`, for a batch of 1. The result is overwritten by the next layer."""
         memory, own = self.whole, self._own()
         query = self._take("queries", norms.head_dim, q)
-        self._scatter(norms, q, norms.query, memory.rope, query, own)
+        self._scatter(norms, q, norms.query, memory.rope, query.addresses, own)
         raw = self._store(norms, k, v)
         self.peers.barrier()
         lo, hi = memory.cache.span(memory.plan)
@@ -148,12 +143,13 @@ class PeerMemory:
         memory, own = self.whole, self._own()
         first, turn = memory.cache.frame_slots(memory.plan)
         slots = replace(own, first=first, turn=turn)
-        self._scatter(norms, k, norms.key, memory.rope, self._everywhere(memory.layer.key), slots)
-        self._scatter(norms, v, None, None, self._everywhere(memory.layer.value), slots)
+        keys, values = (self.peers.addresses(part) for part in (memory.layer.key, memory.layer.value))
+        self._scatter(norms, k, norms.key, memory.rope, keys, slots)
+        self._scatter(norms, v, None, None, values, slots)
         if memory.plan.pass_ is not Pass.COMMIT:
             return None
         raw = self._take("raw keys", norms.head_dim, k)
-        self._scatter(norms, k, norms.key, None, raw, own)
+        self._scatter(norms, k, norms.key, None, raw.addresses, own)
         return raw.here
 
     def _commit(self, raw: Tensor | None) -> None:
@@ -168,9 +164,6 @@ class PeerMemory:
             self.peers.rank, ranks, self.whole.plan.frames, self.whole.rope.tokens_per_frame // ranks
         )
 
-    def _everywhere(self, buffer: Tensor) -> Shared:
-        return Shared(buffer, self.peers.addresses(buffer))
-
     def _take(self, name: str, head_dim: int, x: Tensor) -> Shared:
         """Room for all tokens of this rank's heads, `[1, F * N * m, H / N, D]`."""
         ranks = self.peers.size
@@ -183,11 +176,11 @@ class PeerMemory:
         x: Tensor,
         weight: Tensor | None,
         rope: RopeTable | None,
-        to: Shared,
+        to: Tensor,
         own: OwnTokens,
     ) -> None:
         cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
-        scatter_heads(x, weight, cos, sin, to.addresses, own, head_dim=norms.head_dim, eps=norms.eps)
+        scatter_heads(x, weight, cos, sin, to, own, head_dim=norms.head_dim, eps=norms.eps)
 
 
 class UlyssesAttention(SelfAttention):

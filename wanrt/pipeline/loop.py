@@ -175,15 +175,12 @@ class Pipeline:
                 latent = context_plan(chunk, self._settings.window, self._settings.policy).anchor
                 anchor = None if latent is None else self._pixels.anchor(latent)
                 self._lanes.mark()
-            return ChunkRequest(chunk, anchor, *self._prompts_and_control(chunk))
+            return ChunkRequest(chunk, anchor, self._prompts.changed(chunk), self._changed(chunk))
 
     def _hand_over(self, request: ChunkRequest | None) -> None:
         if request is not None:
             with self._lanes.main():
                 self._mesh.submit(request)
-
-    def _prompts_and_control(self, chunk: int) -> tuple[torch.Tensor | None, Control | None]:
-        return self._prompts.changed(chunk), self._changed(chunk)
 
     def _changed(self, chunk: int) -> Control | None:
         """The control for `chunk`, or None when it is the one sent last."""
