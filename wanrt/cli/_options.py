@@ -40,7 +40,7 @@ Attention = Annotated[
     Text,
     typer.Option(
         metavar="NAME",
-        help="auto, sdpa, cudnn, flash, fa4, triton or math.",
+        help="auto, sdpa, cudnn, flash, fa4, hopper, triton or math.",
         autocompletion=attention_words,
     ),
 ]

@@ -36,7 +36,7 @@ def command(
     steps: Annotated[Text, typer.Option(metavar="LIST", help="How many steps, or their timesteps.")] = None,
     precision: Annotated[Text, typer.Option(metavar="P", help="auto, bf16, fp16, fp32 or fp8.")] = None,
     attention: Annotated[
-        Text, typer.Option(metavar="NAME", help="auto, sdpa, cudnn, flash, fa4, triton or math.")
+        Text, typer.Option(metavar="NAME", help="auto, sdpa, cudnn, flash, fa4, hopper, triton or math.")
     ] = None,
     device: Annotated[Text, typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.")] = None,
     weights: Annotated[Text, typer.Option(metavar="DIR", help="Where the weights are.")] = None,

@@ -23,7 +23,9 @@ def command(
     ] = "auto",
     attention: Annotated[
         str,
-        typer.Option("--attention", metavar="NAME", help="auto, sdpa, cudnn, flash, fa4, triton or math."),
+        typer.Option(
+            "--attention", metavar="NAME", help="auto, sdpa, cudnn, flash, fa4, hopper, triton or math."
+        ),
     ] = "auto",
     device: Annotated[
         str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")

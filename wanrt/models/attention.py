@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanrt.models.flash4 import HAVE_FLASH_4, flash_4, why_no_flash_4
+from wanrt_kernels import hopper_attention as hopper
 from wanrt_kernels.adaln import HAVE_TRITON
 from wanrt_kernels.attention import HEAD_STEP, LARGEST_HEAD, attention
 from wanrt_kernels.merge import merge
@@ -37,14 +38,17 @@ class AttentionBackend(StrEnum):
     CUDNN = "cudnn"
     FLASH = "flash"  # FlashAttention-2 inside torch
     FA4 = "fa4"  # FlashAttention-4, a package of its own
+    HOPPER = "hopper"  # wanrt's own kernel for compute capability 9.0 and heads of 128
     TRITON = "triton"  # wanrt's own kernel
     MATH = "math"  # products and softmax written out, scores in fp32
 
     @property
     def bias_by(self) -> str:
         """How a KV bias is applied."""
-        own = {AttentionBackend.SDPA: "an additive mask", AttentionBackend.TRITON: "the same call"}
-        return own.get(self, "two calls merged")
+        if self is AttentionBackend.SDPA:
+            return "an additive mask"
+        own = self in (AttentionBackend.HOPPER, AttentionBackend.TRITON)
+        return "the same call" if own else "two calls merged"
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Default:
         capabilities: on devices of these compute capabilities (major).
         biased: only with a KV bias (True), only without (False), or either way (None).
         fewest_rows, most_rows: queries times heads, of all of the batch.
+        head_dim: only heads of so many numbers; None: any.
     """
 
     backend: AttentionBackend
@@ -63,12 +68,14 @@ class Default:
     biased: bool | None = None
     fewest_rows: int = 0
     most_rows: int = sys.maxsize
+    head_dim: int | None = None
 
-    def fits(self, capability: int, rows: int, *, biased: bool) -> bool:
+    def fits(self, capability: int, head_dim: int, rows: int, *, biased: bool) -> bool:
         """Whether this line is meant for such a call."""
         return (
             (HAVE_FLASH_4 or self.backend is not AttentionBackend.FA4)
             and capability in self.capabilities
+            and self.head_dim in (None, head_dim)
             and self.biased in (None, biased)
             and self.fewest_rows <= rows <= self.most_rows
         )
@@ -88,6 +95,7 @@ class Default:
 # triton: tiles of 64x64; * of 128x128, which at 40 heads and 4680 queries take 1.894 / 2.010.
 # fa4 was not measured yet, and no line names it; a line that does counts only where it is installed.
 CUDA_DEFAULTS = (
+    Default(AttentionBackend.HOPPER, range(9, 10), head_dim=hopper.HEAD_DIM),
     Default(AttentionBackend.CUDNN, range(9, 11)),
     # every GPU since Ampere has it
     Default(AttentionBackend.FLASH, range(8, sys.maxsize)),
@@ -118,6 +126,8 @@ def why_not(backend: AttentionBackend, device: torch.device, dtype: torch.dtype,
         return f"{torch.cuda.get_device_name(device)} is older than SM 8.0"
     if backend is AttentionBackend.TRITON:
         return _why_no_triton(head_dim)
+    if backend is AttentionBackend.HOPPER:
+        return hopper.unsupported(device, head_dim, dtype)
     if dtype is torch.float32:
         return f"{dtype} is not a half precision"
     if head_dim > LARGEST_HEAD or head_dim % 8:
@@ -160,7 +170,7 @@ def choose(
         return AttentionBackend.SDPA
     capability = _capability(device)
     for line in CUDA_DEFAULTS:
-        if line.fits(capability, rows, biased=biased):
+        if line.fits(capability, head_dim, rows, biased=biased):
             return line.backend
     return AttentionBackend.SDPA
 
@@ -204,8 +214,9 @@ def attend(
     batch, queries, heads, head_dim = q.shape
     rows = batch * queries * heads
     backend = choose(backend, q.device, q.dtype, head_dim, rows=rows, biased=bias is not None)
-    if backend is AttentionBackend.TRITON:
-        return attention(q, k, v) if bias is None else attention(q, k, v, bias.value, bias.keys)
+    if backend in (AttentionBackend.HOPPER, AttentionBackend.TRITON):
+        own = hopper.hopper_attention if backend is AttentionBackend.HOPPER else attention
+        return own(q, k, v) if bias is None else own(q, k, v, bias.value, bias.keys)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if backend is AttentionBackend.SDPA:
         mask = None if bias is None else _key_mask(bias, q, k)

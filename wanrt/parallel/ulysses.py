@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from wanrt.models.attention import AttentionBackend, attend
+from wanrt.models.attention import AttentionBackend, KeyBias, attend, choose
 from wanrt.models.kv_cache import KVCache, Pass, PassPlan
 from wanrt.models.memory import CachedMemory, Elementwise, Memory, QKNorm, turn
 from wanrt.models.rope import RopeTable
 from wanrt.models.transformer import SelfAttention, TextKV, TimeEmbedding, WanTransformer
 from wanrt.parallel.collectives import gather, heads_to_tokens, tokens_to_heads
 from wanrt.parallel.peers import Peers, SharedBuffers
+from wanrt_kernels.hopper_attention import hopper_attention_to
 from wanrt_kernels.peer_heads import OwnTokens, scatter_heads, scatter_tokens
 from wanrt_kernels.quant_rows import Rows
 from wanrt_kernels.shared import Shared
@@ -101,6 +102,30 @@ class UlyssesMemory(_RankMemory):
             memory.cache.commit(memory.layer, plan, raw, value)
 
 
+def attend_into(
+    addresses: Tensor,
+    own: OwnTokens,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: KeyBias | None,
+    backend: AttentionBackend,
+) -> None:
+    """`attend` with this rank's heads, each token's result stored on the rank that has it.
+
+    addresses: int64 `[size]`, of `[1, F * m, H, D]` on every rank; own: which tokens this rank has. wanrt's own kernel
+    for Hopper stores there itself.
+    """
+    _, queries, heads, head_dim = q.shape
+    biased = bias is not None and bias.keys > 0
+    chosen = choose(backend, q.device, q.dtype, head_dim, rows=queries * heads, biased=biased)
+    if chosen is AttentionBackend.HOPPER:
+        value, keys = (None, 0) if bias is None else (bias.value, bias.keys)
+        hopper_attention_to(q, k, v, value, keys, addresses, own)
+    else:
+        scatter_tokens(attend(q, k, v, bias, backend=chosen)[0], addresses, own)
+
+
 @dataclass(frozen=True)
 class PeerMemory(_RankMemory):
     """As `UlyssesMemory`, for ranks that store in each other's memory; the cache's buffers must be `Peers.empty`'s.
@@ -124,11 +149,10 @@ class PeerMemory(_RankMemory):
         self.peers.barrier()
         lo, hi = memory.cache.span(memory.plan)
         keys, values = memory.layer.key[:, lo:hi], memory.layer.value[:, lo:hi]
-        out = attend(query.here, keys, values, memory.bias, backend=memory.backend)
-        self._commit(raw)
         heads = (q.shape[2] // norms.head_dim, norms.head_dim)
         tokens = self.buffers.take("outputs", (*q.shape[:2], *heads), q.dtype)
-        scatter_tokens(out[0], tokens.addresses, own)
+        attend_into(tokens.addresses, own, query.here, keys, values, memory.bias, memory.backend)
+        self._commit(raw)
         self.peers.barrier()
         return tokens.here
 

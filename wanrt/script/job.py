@@ -12,7 +12,7 @@ from wanrt.script.timeline import Timeline, chunks_for
 ANCHORS = ("decode-all", "overlap", "anchor-only", "latent", "first-frame")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp8")
 # values of wanrt.models.attention.AttentionBackend
-ATTENTIONS = ("auto", "sdpa", "cudnn", "flash", "fa4", "triton", "math")
+ATTENTIONS = ("auto", "sdpa", "cudnn", "flash", "fa4", "hopper", "triton", "math")
 CODECS = ("h264", "hevc", "av1", "vp9")
 
 
