@@ -11,12 +11,13 @@
 // rounds of tiles where there are 5.2. Whoever comes last to such a tile adds its parts, in the order of keys: the
 // same bits every time.
 //
-// Given by the host: KEYS (of a block), STAGES (blocks of keys, and of values, in shared memory), PACK, SCALE (log2(e) /
-// sqrt(128)), `score` and `gather`, the products.
+// Given by the host: KEYS (of a block), PACK, SCALE (log2(e) / sqrt(128)), `score` and `gather`, the products.
 
 constexpr int D = 128, QUERIES = 128;       // numbers of a head, queries of a tile
+constexpr int STAGES = 2;                   // in shared memory: tiles of queries, blocks of keys and of values
 constexpr int ROW = 128;                    // bytes that the copy engine's swizzle spans: half of a head
-constexpr int Q_HALF = QUERIES * ROW, BLOCK_HALF = KEYS * ROW, BLOCK_BYTES = 2 * BLOCK_HALF;
+constexpr int Q_HALF = QUERIES * ROW, Q_BYTES = 2 * Q_HALF;
+constexpr int BLOCK_HALF = KEYS * ROW, BLOCK_BYTES = 2 * BLOCK_HALF;
 constexpr int GROUP_THREADS = 128, WORKERS = 2 * GROUP_THREADS, WORKER_WARPS = 8;
 constexpr int SUMS = D / 2, SCORES = KEYS / 2;  // of 64 queries, a thread's
 constexpr int PART = (SUMS + 4) * WORKERS;       // floats of a part of a tile: sums, largest exponents, weights
@@ -165,65 +166,60 @@ struct Ring {
     }
 };
 
-struct Shared {
-    u32 queries, keys, values;                                                  // data
-    u32 queries_full, queries_empty, keys_full, keys_empty, values_full, values_empty;  // barriers
-    u32 last;                                                                   // a word for each half of a tile
+// What is fetched, in stages, and a pair of barriers for each.
+struct Stages {
+    u32 data, full, empty;
 
-    __device__ __forceinline__ Shared(u32 base) {
-        queries = base;
-        keys = queries + 2 * Q_HALF;
-        values = keys + STAGES * BLOCK_BYTES;
-        queries_full = values + STAGES * BLOCK_BYTES;
-        queries_empty = queries_full + 8;
-        keys_full = queries_empty + 8;
-        keys_empty = keys_full + 8 * STAGES;
-        values_full = keys_empty + 8 * STAGES;
-        values_empty = values_full + 8 * STAGES;
-        last = values_empty + 8 * STAGES;
-    }
+    __device__ __forceinline__ u32 is_full(const Ring& ring) const { return full + 8 * ring.stage; }
+    __device__ __forceinline__ u32 is_empty(const Ring& ring) const { return empty + 8 * ring.stage; }
 
     __device__ __forceinline__ void init() const {
-        barrier_init(queries_full, 1);
-        barrier_init(queries_empty, WORKER_WARPS);
         for (int s = 0; s < STAGES; ++s) {
-            barrier_init(keys_full + 8 * s, 1);
-            barrier_init(values_full + 8 * s, 1);
-            barrier_init(keys_empty + 8 * s, WORKER_WARPS);
-            barrier_init(values_empty + 8 * s, WORKER_WARPS);
+            barrier_init(full + 8 * s, 1);
+            barrier_init(empty + 8 * s, WORKER_WARPS);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 };
+
+struct Shared {
+    Stages queries, keys, values;
+    u32 last;  // a word for each half of a tile
+
+    __device__ __forceinline__ Shared(u32 base) {
+        const u32 k = base + STAGES * Q_BYTES, v = k + STAGES * BLOCK_BYTES, barriers = v + STAGES * BLOCK_BYTES;
+        constexpr u32 some = 8 * STAGES;
+        queries = {base, barriers, barriers + some};
+        keys = {k, barriers + 2 * some, barriers + 3 * some};
+        values = {v, barriers + 4 * some, barriers + 5 * some};
+        last = barriers + 6 * some;
+    }
+};
+
+// The next of queries, keys or values: 128 numbers of `rows` tokens of a head, in halves.
+__device__ __forceinline__ void fetch_next(const Stages& to, Ring& ring, const TensorMap* map, int rows, int head,
+                                           int token, int batch) {
+    const u32 half_bytes = rows * ROW;
+    barrier_wait(to.is_empty(ring), ring.phase ^ 1);
+    barrier_expect(to.is_full(ring), 2 * half_bytes);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+        fetch(to.data + (2 * ring.stage + half) * half_bytes, map, to.is_full(ring), half, head, token, batch);
+    ring.step();
+}
 
 // Everything that is multiplied, in the order in which it is.
 __device__ __forceinline__ void fetch_all(const Call& call, const Shared& s, const TensorMap* queries,
                                           const TensorMap* keys, const TensorMap* values) {
-    Ring key, value;
-    u32 phase = 0;
+    Ring query, key, value;
     Segment segment;
     for (Walk walk(call); walk.next(call, segment);) {
         const Place at(call, segment.tile);
-        const auto block = [&](u32 full, u32 empty, u32 data, const TensorMap* map, Ring& ring, int index) {
-            const u32 bar = full + 8 * ring.stage;
-            barrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
-            barrier_expect(bar, BLOCK_BYTES);
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                fetch(data + ring.stage * BLOCK_BYTES + half * BLOCK_HALF, map, bar, half, at.head, index * KEYS,
-                      at.batch);
-            ring.step();
-        };
-        barrier_wait(s.queries_empty, phase ^ 1);
-        phase ^= 1;
-        barrier_expect(s.queries_full, 2 * Q_HALF);
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            fetch(s.queries + half * Q_HALF, queries, s.queries_full, half, at.head, at.query, at.batch);
-        block(s.keys_full, s.keys_empty, s.keys, keys, key, segment.first);
+        fetch_next(s.queries, query, queries, QUERIES, at.head, at.query, at.batch);
+        fetch_next(s.keys, key, keys, KEYS, at.head, segment.first * KEYS, at.batch);
         for (int index = segment.first; index < segment.last; ++index) {
-            if (index + 1 < segment.last) block(s.keys_full, s.keys_empty, s.keys, keys, key, index + 1);
-            block(s.values_full, s.values_empty, s.values, values, value, index);
+            if (index + 1 < segment.last)
+                fetch_next(s.keys, key, keys, KEYS, at.head, (index + 1) * KEYS, at.batch);
+            fetch_next(s.values, value, values, KEYS, at.head, index * KEYS, at.batch);
         }
     }
 }
@@ -408,28 +404,31 @@ __device__ __forceinline__ void store_tile(const Call& call, float (&sums)[SUMS]
 struct Worker {
     const Shared& s;
     const int group, lane;
-    Ring key, value;
-    u32 phase = 0;  // of the queries
+    Ring query, key, value;
     Online online;
     float sums[SUMS], scores[SCORES], shrink[2];
     u32 weights[SCORES / 2];
 
-    __device__ __forceinline__ Worker(const Shared& s, int group)
-        : s(s), group(group), lane(threadIdx.x % 32) {}
+    __device__ __forceinline__ Worker(const Shared& s, int group) : s(s), group(group), lane(threadIdx.x % 32) {}
 
-    __device__ __forceinline__ void release(u32 empty, Ring& ring) {
-        if (lane == 0) barrier_arrive(empty + 8 * ring.stage);
+    __device__ __forceinline__ static void wait(const Stages& from, const Ring& ring) {
+        barrier_wait(from.is_full(ring), ring.phase);
+    }
+
+    __device__ __forceinline__ static void release(const Stages& from, Ring& ring, bool leader) {
+        if (leader) barrier_arrive(from.is_empty(ring));
         ring.step();
     }
 
     __device__ __forceinline__ void start_scores() {
         begin_products();
-        score_block(scores, s.queries + group * 64 * ROW, s.keys + key.stage * BLOCK_BYTES);
+        score_block(scores, s.queries.data + query.stage * Q_BYTES + group * 64 * ROW,
+                    s.keys.data + key.stage * BLOCK_BYTES);
         end_products();
     }
 
     __device__ __forceinline__ void start_sums() {
-        gather_block(sums, weights, s.values + value.stage * BLOCK_BYTES);
+        gather_block(sums, weights, s.values.data + value.stage * BLOCK_BYTES);
         end_products();
     }
 
@@ -438,7 +437,7 @@ struct Worker {
     __device__ __forceinline__ void first_block(int index, const Bias& bias) {
         start_scores();
         wait_products<0>(scores);
-        release(s.keys_empty, key);
+        release(s.keys, key, lane == 0);
         online.take(scores, bias.of<Even>(index, scores, lane), shrink);
         round_weights(scores, weights);
     }
@@ -448,36 +447,34 @@ struct Worker {
     __device__ __forceinline__ void next_block(int index, const Bias& bias) {
         turn_wait(group);
         start_scores();
-        barrier_wait(s.values_full + 8 * value.stage, value.phase);
+        wait(s.values, value);
         start_sums();
         turn_pass(group);
         wait_products<1>(scores);
         online.take(scores, bias.of<Even>(index, scores, lane), shrink);
         // Sums of powers are not negative, but the compiler does not know: it would move the powers behind the wait.
-        if (lane == 0 || online.weight[0] + online.weight[1] < 0.0f) barrier_arrive(s.keys_empty + 8 * key.stage);
-        key.step();
+        release(s.keys, key, lane == 0 || online.weight[0] + online.weight[1] < 0.0f);
         wait_products<0>(sums);
-        release(s.values_empty, value);
+        release(s.values, value, lane == 0);
         round_weights(scores, weights);
         scale_rows(sums, shrink);
     }
 
     __device__ __forceinline__ void last_sums() {
-        barrier_wait(s.values_full + 8 * value.stage, value.phase);
+        wait(s.values, value);
         begin_products();
         start_sums();
         wait_products<0>(sums);
-        release(s.values_empty, value);
+        release(s.values, value, lane == 0);
     }
 
     __device__ __forceinline__ void attend(const Segment& segment, const Bias& bias) {
         online = Online();
 #pragma unroll
         for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
-        barrier_wait(s.queries_full, phase);
-        phase ^= 1;
+        wait(s.queries, query);
         for (int index = segment.first; index < segment.last; ++index) {
-            barrier_wait(s.keys_full + 8 * key.stage, key.phase);
+            wait(s.keys, key);
             // no branch may lie between a product's start and the wait for it: the compiler would wait there
             const bool even = bias.even(index);
             if (index == segment.first)
@@ -485,7 +482,7 @@ struct Worker {
             else
                 even ? next_block<true>(index, bias) : next_block<false>(index, bias);
         }
-        if (lane == 0) barrier_arrive(s.queries_empty);
+        release(s.queries, query, lane == 0);
         last_sums();
     }
 };
@@ -521,7 +518,12 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_attention(
     const __grid_constant__ TensorMap values, const __grid_constant__ Call call) {
     extern __shared__ char shared[];
     const Shared s(((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u);
-    if (threadIdx.x == 0) s.init();
+    if (threadIdx.x == 0) {
+        s.queries.init();
+        s.keys.init();
+        s.values.init();
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
     __syncthreads();
     const int group = threadIdx.x / GROUP_THREADS;
     if (group == 2) {

@@ -30,26 +30,22 @@ HEAD_DIM, QUERIES, THREADS = 128, 128, 384  # numbers of a head, queries of a ti
 HALF = 64  # numbers of a head in a row of 128 bytes, as far as the copy engine's swizzle reaches
 PART_FLOATS = (
     HEAD_DIM // 2 + 4
-) * 256  # of a part of a tile: a worker's sums, two largest exponents, two weights
-DEFAULT = (
-    144,
-    2,
-)  # keys of a block, blocks in shared memory: the fastest of (128, 3), (144, 2), (160, 2), (176, 2) on H100
+) * 256  # of a part of a tile: sums, largest exponents and weights of all workers
+KEYS = 144  # of a block: of 128, 144, 160 and 176 the fastest on an H100; frames of 720 and 1560 tokens waste few
 LEAST_BLOCKS = 4  # of keys that a sharer of a tile should have: to store and to add a part costs about one
 
 
 @dataclass(frozen=True)
 class Form:
-    """One compiled form: keys of a block, blocks in shared memory, and "f16" or "bf16"."""
+    """One compiled form: keys of a block, and "f16" or "bf16"."""
 
     keys: int
-    stages: int
     kind: str
 
     def source(self) -> str:
         """The kernel's CUDA C++ with this form's numbers in front."""
         scale = f"{math.log2(math.e) / math.sqrt(HEAD_DIM)!r}f"
-        numbers = {"KEYS": self.keys, "STAGES": self.stages, "SCALE": scale}
+        numbers = {"KEYS": self.keys, "SCALE": scale}
         return source("hopper_attention.cu", self.kind, numbers, products_source(self.keys, self.kind))
 
 
@@ -174,7 +170,7 @@ def hopper_attention_to(
         "addresses": addresses.data_ptr(), "frame_tokens": whole, "out_tokens": own.tokens,
         "out_heads": own.ranks * heads, "out_head": own.rank * heads,
     }  # fmt: skip
-    _launch(q, k, v, bias, keys, None, to, DEFAULT)
+    _launch(q, k, v, bias, keys, None, to, KEYS)
 
 
 # An operator, as torch.compile cannot trace what is behind it.
@@ -209,9 +205,9 @@ def launch(
     count: Tensor | None = None,
     last_bias: Tensor | None = None,
     *,
-    shape: tuple[int, int] = DEFAULT,
+    block: int = KEYS,
 ) -> Tensor:
-    """Launch with blocks of so many keys and so many of them in shared memory; else as `hopper_attention`."""
+    """Launch with blocks of so many keys; else as `hopper_attention`."""
     _check(q, k, v, bias, keys)
     if (count is None) != (last_bias is None):
         raise ValueError("count, last_bias: got one of them; expected both or neither")
@@ -220,7 +216,7 @@ def launch(
     to = {
         "out": out.data_ptr(), "frame_tokens": tokens, "out_tokens": tokens, "out_heads": heads, "out_head": 0,
     }  # fmt: skip
-    _launch(q, k, v, bias if count is None else last_bias, keys, count, to, shape)
+    _launch(q, k, v, bias if count is None else last_bias, keys, count, to, block)
     return out
 
 
@@ -232,11 +228,11 @@ def _launch(
     biased: int,
     count: Tensor | None,
     to: dict[str, int],
-    shape: tuple[int, int],
+    block: int,
 ) -> None:
     """to: the fields of `_Call` that say where outputs go."""
     kind, code = TYPES[q.dtype]
-    form = Form(*shape, kind)
+    form = Form(block, kind)
     batch, queries, heads, _ = q.shape
     tokens = k.shape[1]
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count

@@ -10,8 +10,8 @@ from wanrt_kernels import hopper_attention as hopper
 from wanrt_kernels import nvrtc
 from wanrt_kernels.hopper import ARCHITECTURE, SHARED_BYTES, TYPES
 from wanrt_kernels.hopper_attention import (
-    DEFAULT,
     HEAD_DIM,
+    KEYS,
     QUERIES,
     Form,
     Schedule,
@@ -90,10 +90,10 @@ def test_tiles_stay_whole_where_sharing_gains_nothing(call):
 
 
 def test_shared_memory_holds_queries_keys_values_and_barriers():
-    keys, stages = DEFAULT
-    data = 2 * HEAD_DIM * (QUERIES + 2 * stages * keys)
-    assert 1024 + data + 8 * (2 + 4 * stages) + 8 <= SHARED_BYTES
-    assert keys % 16 == 0
+    stages = 2
+    data = stages * 2 * HEAD_DIM * (QUERIES + 2 * KEYS)
+    assert 1024 + data + 3 * 2 * 8 * stages + 8 <= SHARED_BYTES
+    assert KEYS % 16 == 0
 
 
 @pytest.mark.parametrize("kind", [kind for kind, _ in TYPES.values()])
@@ -102,7 +102,7 @@ def test_it_compiles(kind):
         nvrtc.nvrtc()
     except nvrtc.NvrtcError as error:
         pytest.skip(str(error))
-    assert nvrtc.compile_cubin(Form(*DEFAULT, kind).source(), ARCHITECTURE)
+    assert nvrtc.compile_cubin(Form(KEYS, kind).source(), ARCHITECTURE)
 
 
 def test_other_devices_and_heads_are_refused(monkeypatch):
@@ -154,7 +154,7 @@ def assert_close(got, want, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [DEFAULT, (128, 3)])
+@pytest.mark.parametrize("block", [KEYS, 128])
 @pytest.mark.parametrize(
     "case",
     [
@@ -162,17 +162,17 @@ def assert_close(got, want, dtype):
         (1, 2160, 4320, 4, 1440), (1, 4680, 9360, 2, 3120), (1, 720, 15120, 3, 0),
     ],
 )  # fmt: skip
-def test_gpu_kernel_equals_softmax(case, shape, dtype):
+def test_gpu_kernel_equals_softmax(case, block, dtype):
     *sizes, biased = case
     skip_unless_hopper(dtype)
     q, k, v = make(*sizes, dtype)
     bias = torch.tensor(0.3, device="cuda").log()
     added = torch.zeros(k.shape[1], device="cuda", dtype=torch.float64)
     added[:biased] = math.log(0.3)
-    got = launch(q, k, v, bias, biased, shape=shape)
+    got = launch(q, k, v, bias, biased, block=block)
     assert got.is_contiguous()
     assert_close(got, oracle(q, k, v, added), dtype)
-    assert torch.equal(got, launch(q, k, v, bias, biased, shape=shape)), "the same bits every time"
+    assert torch.equal(got, launch(q, k, v, bias, biased, block=block)), "the same bits every time"
 
 
 @pytest.mark.gpu
