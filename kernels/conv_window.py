@@ -29,8 +29,8 @@ SWITCH = "WANRT_HOPPER_CONV"  # 0: off, to compare, or for a device that hangs: 
 ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
 TYPES = {torch.float16: ("f16", 6), torch.bfloat16: ("bf16", 9)}  # PTX's name, CUtensorMapDataType
 CHUNK, TILE_HEIGHT, THREADS = 32, 8, 384  # channels of a step, rows of a tile, threads of a block
-# Channels to pad a picture's three to: a pixel is 16 bytes then, the least that the copy engine steps by. It fills up to
-# CHUNK; with CHUNK itself here nothing is left to it.
+# Channels to pad a picture's three to: a pixel is 16 bytes then, the least that the copy engine steps by. It fills up
+# to CHUNK; with CHUNK itself here nothing is left to it.
 PIXEL_CHANNELS = 8
 SHARED_BYTES = 232448  # 227 KiB, all that a block of this architecture may have
 SLACK_BYTES = 1024 + 256  # for alignment, and for the barriers

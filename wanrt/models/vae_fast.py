@@ -10,8 +10,8 @@
 - Nearest upsampling followed by a 3x3 convolution reads each input pixel up to nine times through four phases.
   Summing the taps that meet the same pixel gives four 2x2 kernels: one convolution with 4 C outputs on the small
   picture, 4/9 of the arithmetic; `norm_stack` reads its output in picture order.
-- The decoder's affine un-normalisation and `conv2`, and the encoder's `conv1` and normalisation, are each one
-  16-wide matrix in fp32.
+- The decoder's affine un-normalisation and `conv2` are one 16-wide matrix in fp32. The encoder's `conv1` and
+  normalisation are folded into the convolution before them.
 
 A biased convolution would cost PyTorch one more pass over its output, so cuDNN's biases are kept apart and ride
 along in `Pending`. Batch is 1. Layout inside is [T, H, W, C]; a `VaeState` slot ([1, C, 2, H, W] in channels_last_3d
@@ -21,7 +21,7 @@ strides) is the same memory as [2, H, W, C], so plain and fast path can continue
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -264,7 +264,6 @@ class FastAttention(nn.Module):
         mixed = _attend(*self._queries_keys_values(normed, self.around(normed)))
         return Pending(F.linear(mixed, self.proj, self.proj_bias).view_as(normed), residual=total)
 
-
     def _queries_keys_values(self, asking: Tensor, asked: Tensor) -> tuple[Tensor, ...]:
         """Of [T, H, W, C] each: [T, H * W, C], by one product where the same pixels ask and are asked."""
         if asked is asking:
@@ -379,15 +378,22 @@ FAST_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 class FastHalf(nn.Module):
-    """conv1, the blocks and the head of an encoder or decoder."""
+    """conv1, the blocks and the head of an encoder or decoder; `last`: in place of the head's convolution."""
 
     scale: Tensor
 
     def __init__(
-        self, half: Encoder | Decoder, dtype: torch.dtype, *, pad_in: int = 0, pad_out: int = 0
+        self,
+        half: Encoder | Decoder,
+        dtype: torch.dtype,
+        *,
+        pad_in: int = 0,
+        pad_out: int = 0,
+        last: CausalConv3d | None = None,
     ) -> None:
         super().__init__()
         head: Any = half.head
+        last = last or head["2"]
         self.conv1 = FastConv(half.conv1, dtype, pad_in=pad_in)
         self.blocks, frames = nn.ModuleList(), 1
         for block in half.blocks():
@@ -395,8 +401,8 @@ class FastHalf(nn.Module):
             if isinstance(block, Upsample) and block.time_conv is not None:
                 frames *= 2
         self.register_buffer("scale", _scale_of(head["0"]))
-        self.head = FastConv(head["2"], dtype, frames, pad_out=pad_out)
-        self.channels_out = head["2"].out_channels
+        self.head = FastConv(last, dtype, frames, pad_out=pad_out)
+        self.channels_out = last.out_channels
 
     def forward(self, x: Tensor, state: VaeState | None) -> Tensor:
         """[T, H, W, C] -> fp32 [T', H', W', O] with the head's bias added."""
@@ -408,6 +414,21 @@ class FastHalf(nn.Module):
         x, _ = stream.feed(pending, self.head, self.scale, keep=False)
         out = self.channels_out
         return self.head(x)[..., :out] + self.head.bias[:out]  # fp32, as the bias
+
+
+@torch.no_grad()
+def fold_normalisation(vae: WanVae) -> CausalConv3d:
+    """`(conv1(head(h)) - mean) / std` as one convolution, folded in fp32: to the mean, without the log-variance."""
+    mean, std = vae.mean.flatten().float(), vae.std.flatten().float()
+    z, head = vae.config.z_dim, cast(CausalConv3d, vae.encoder.head["2"])
+    matrix = vae.conv1.weight.float().flatten(1)[:z] / std[:, None]
+    bias = matrix @ _bias_of(head).float() + (_bias_of(vae.conv1).float()[:z] - mean) / std
+    with torch.device("meta"):  # initialises nothing, draws no random numbers
+        folded = CausalConv3d(head.in_channels, z, (3, 3, 3))
+    folded.weight = nn.Parameter(torch.einsum("zo,octhw->zcthw", matrix, head.weight.float()))
+    folded.bias = nn.Parameter(bias)
+    folded.path = head.path
+    return folded
 
 
 class FastVae(nn.Module):
@@ -422,8 +443,6 @@ class FastVae(nn.Module):
 
     to_raw: Tensor
     raw_bias: Tensor
-    to_mean: Tensor
-    mean_bias: Tensor
 
     def __init__(self, vae: WanVae, *, dtype: torch.dtype, encode_dtype: torch.dtype = torch.float16) -> None:
         super().__init__()
@@ -435,19 +454,16 @@ class FastVae(nn.Module):
         self.dtype = dtype
         self.encode_dtype = encode_dtype
         self.decoder = FastHalf(vae.decoder, dtype, pad_out=-3 % TENSOR_CORE_CHANNELS)
-        self.encoder = FastHalf(vae.encoder, encode_dtype, pad_in=PIXEL_CHANNELS - 3)
-        self._fold_ends(vae)
+        last = fold_normalisation(vae)
+        self.encoder = FastHalf(vae.encoder, encode_dtype, pad_in=PIXEL_CHANNELS - 3, last=last)
+        self._fold_entry(vae)
 
-    def _fold_ends(self, vae: WanVae) -> None:
-        """`conv2((z * std) + mean)` and `(conv1(h) - mean) / std` as one matrix each, in fp32."""
+    def _fold_entry(self, vae: WanVae) -> None:
+        """`conv2((z * std) + mean)` as one matrix, in fp32."""
         mean, std = vae.mean.flatten().float(), vae.std.flatten().float()
-        z = vae.config.z_dim
         conv2 = vae.conv2.weight.detach().float().flatten(1)
-        conv1 = vae.conv1.weight.detach().float().flatten(1)[:z]
         self.register_buffer("to_raw", conv2 * std)
         self.register_buffer("raw_bias", conv2 @ mean + _bias_of(vae.conv2).float())
-        self.register_buffer("to_mean", conv1 / std[:, None])
-        self.register_buffer("mean_bias", (_bias_of(vae.conv1).float()[:z] - mean) / std)
 
     @property
     def why_cudnn(self) -> str | None:
@@ -491,11 +507,10 @@ class FastVae(nn.Module):
 
     def frame_pad(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Memory for one frame as the encoder reads it, [1, H, W, 8] zeros, and the pixels in it, [1, 3, 1, H, W]."""
-        pad = self.to_mean.new_zeros(1, height, width, PIXEL_CHANNELS, dtype=self.encode_dtype)
+        pad = self.to_raw.new_zeros(1, height, width, PIXEL_CHANNELS, dtype=self.encode_dtype)
         return pad, pad[..., :3].permute(3, 0, 1, 2)[None]
 
     @torch.no_grad()
     def encode_pad(self, pad: Tensor) -> Tensor:
         """As `encode_frame` for a frame whose pixels were copied into a `frame_pad`."""
-        hidden = self.encoder(pad, None)
-        return F.linear(hidden, self.to_mean, self.mean_bias).permute(3, 0, 1, 2)[None]
+        return self.encoder(pad, None).permute(3, 0, 1, 2)[None]

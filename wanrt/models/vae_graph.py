@@ -93,7 +93,7 @@ class GraphedVae:
         self._state = vae.decoder_state()
         device = vae.to_raw.device
         latent = torch.zeros(1, vae.config.z_dim, 1, height // 8, width // 8, device=device)
-        pad, pixels = vae.frame_pad(height, width)  # calls copy into the encoder's own layout, no graph copies again
+        pad, pixels = vae.frame_pad(height, width)  # calls copy straight into the encoder's layout
         self._captured: list[GraphedCall] = []
         try:
             with torch.cuda.device(device):
