@@ -5,7 +5,7 @@ import torch
 
 from wanrt.models.vae import VaeConfig, WanVae
 from wanrt.models.vae_fast import FastVae, Pending, fold_nearest
-from wanrt_kernels.conv_window import PIXEL_CHANNELS, conv_window_ref, forms
+from wanrt_kernels.conv_window import PIXEL_CHANNELS, conv_window_ref, forms, unsupported
 
 # of the output's scale; both sides round at other places, so half precisions are held to their own noise below
 FP32 = 2e-5
@@ -219,6 +219,23 @@ def test_full_size_on_the_gpu_is_no_worse_than_the_plain_module(dtype):
         assert relative(fast.encode_frame(pixels), anchor) <= 1.2 * relative(
             plain.encode_frame(pixels), anchor
         )
+
+
+@pytest.mark.gpu
+def test_on_hopper_the_encoder_s_pixels_take_the_kernel():
+    if (reason := unsupported(torch.device("cuda", 0), 96, 96, torch.float16)) is not None:
+        pytest.skip(reason)
+    config = VaeConfig(base_dim=96, dim_mult=(1,), num_res_blocks=1, temporal_downsample=())
+    vae = random_vae(config, "cuda")
+    fast = FastVae(vae, dtype=torch.float16)
+    assert fast.encoder.conv1.why_cudnn is None
+    pixels = torch.rand(1, 3, 1, 40, 56, device="cuda") * 2 - 1
+    plain = random_vae(config, "cuda").half()
+    torch.backends.cudnn.allow_tf32 = False
+    anchor = vae.encode_frame(pixels)
+    got, theirs = fast.encode_frame(pixels), plain.encode_frame(pixels)
+    assert relative(got, anchor) <= 1.2 * relative(theirs, anchor)
+    assert torch.equal(got, fast.encode_frame(pixels))
 
 
 def test_only_a_large_vae_without_the_own_kernel_races():
