@@ -1,22 +1,27 @@
 // A causal 3x3x3 convolution over a window of frames, for Hopper: an implicit matrix product on its tensor cores.
 //
 //   out[t, y, x, o] = sum over dt, dy, dx, c of  frames[t + dt, y + dy - 1, x + dx - 1, c] * weights[o, dt, dy, dx, c]
+//                     + bias[o] + residual[t, y, x, o]
 //
 // dt from 0 to TAPS - 1: 3, or 1 for frames without a past, where the convolution is a plain 3x3. frames
-// [T + TAPS - 1, H, W, C], weights [O, TAPS * 9 C], out [T, H, W, O]; sums in fp32. A block computes BM pixels (8 high) of one
-// frame times BN outputs. One thread of the third warpgroup fetches, the first two warpgroups multiply half of the
-// pixels each. A step is a (dt, dy) and 32 channels: the copy engine reads a box of pixels shifted by dy, two columns
-// wider than the tile, and fills zeros outside the picture, so nothing is padded or unrolled in memory. In shared
-// memory a column of 8 pixels is one group of rows of the matrix, so the three dx of a step are the same box from
-// another group on: without that, fetching every tap anew asks more of the L2 cache than it has. Blocks take tiles in
-// turn, and the fetching runs ahead into the next tile while the last one is stored. No atomics, no split sums: the same
-// bits every time, whatever the tile. Clusters of two blocks that fetch their weights together were up to 2.4 times
-// slower (H100), and are not here.
+// [T + TAPS - 1, H, W, C], weights [O, TAPS * 9, C], out and residual [T, H, W, O], bias [O] in fp32; bias and residual
+// may be null. Sums in fp32, which begin with the bias and end with the residual, rounded once. A block computes BM
+// pixels (8 high) of one frame times BN outputs. One thread of the third warpgroup fetches, the first two warpgroups
+// multiply half of the pixels each. A step is a (dt, dy) and 32 channels: the copy engine reads a box of pixels shifted
+// by dy, two columns wider than the tile, and fills zeros outside the picture, so nothing is padded or unrolled in
+// memory. In shared memory a column of 8 pixels is one group of rows of the matrix, so the three dx of a step are the
+// same box from another group on: without that, fetching every tap anew asks more of the L2 cache than it has. Blocks
+// take tiles in turn, and the fetching runs ahead into the next tile while the last one is stored. No atomics, no split
+// sums: the same bits every time, whatever the tile. Clusters of two blocks that fetch their weights together were up
+// to 2.4 times slower (H100), and are not here.
+//
+// Fewer than 32 channels are filled up with zeros by the copy engine, in shared memory only, and multiplied up to the
+// next multiple of 16. The residual is asked for while the products run: it waits in the L2 cache when they are done.
 //
 // Only rows `first` to `last` - 1 of out are computed, in tiles that begin at `first`; all rows of frames are read.
 //
-// Given by the host: CHANNELS, OUTPUTS, TAPS, BM, BN, STAGES, PACK (PTX that rounds two floats), and `wgmma`, written for BN
-// outputs.
+// Given by the host: CHANNELS, OUTPUTS, TAPS, BM, BN, STAGES, PACK and UNPACK (PTX that rounds two floats, and that
+// widens one number), and `wgmma`, written for BN outputs.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -29,9 +34,12 @@ constexpr int KC = 32, ROW = KC * 2;  // channels of a step; bytes of a matrix r
 constexpr int TILE_H = 8, TILE_W = BM / TILE_H;
 constexpr int COLUMN = TILE_H * ROW;  // bytes of a column of pixels, one group of 8 rows
 constexpr int BLOCKS_M = BM / 128;    // 64-row products of a warpgroup
+constexpr int ROWS = 2 * BLOCKS_M;    // that a thread stores a part of
+constexpr int AHEAD = BM * BN > 256 * 96 ? 0 : ROWS;  // of these, whose residual fits in registers beside the sums
 constexpr int A_STAGE = (TILE_W + 2) * COLUMN;
 constexpr int B_TAP = BN * ROW, B_STAGE = 3 * B_TAP;
-constexpr int CHUNKS = CHANNELS / KC;
+constexpr int CHUNKS = (CHANNELS + KC - 1) / KC;
+constexpr int DEPTH = CHANNELS < KC ? (CHANNELS + 15) / 16 * 16 : KC;  // channels of a step that are multiplied
 constexpr int STEPS = 3 * TAPS * CHUNKS;
 constexpr int N_TILES = OUTPUTS / BN;
 static_assert(BN % 32 == 0, "four lanes store four groups of 8 outputs");
@@ -67,10 +75,10 @@ __device__ __forceinline__ void fetch_frames(u32 to, const TensorMap* map, u32 b
         ::"r"(to), "l"(map), "r"(bar), "r"(c), "r"(y), "r"(x), "r"(t) : "memory");
 }
 
-__device__ __forceinline__ void fetch_weights(u32 to, const TensorMap* map, u32 bar, int k, int o) {
+__device__ __forceinline__ void fetch_weights(u32 to, const TensorMap* map, u32 bar, int c, int tap, int o) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-        ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(o) : "memory");
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+        ::"r"(to), "l"(map), "r"(bar), "r"(c), "r"(tap), "r"(o) : "memory");
 }
 
 // Matrix descriptor of rows of 64 bytes in the copy engine's swizzle (PTX ISA, "Matrix Descriptor Format").
@@ -83,6 +91,17 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     u32 both;
     asm(PACK " %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
+}
+
+__device__ __forceinline__ float2 unpack(u32 both) {
+    float2 pair;
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "mov.b32 {low, high}, %2;\n"
+        UNPACK " %0, low;\n"
+        UNPACK " %1, high;\n"
+        "}" : "=f"(pair.x), "=f"(pair.y) : "r"(both));
+    return pair;
 }
 
 // One step of a transposition: lanes that differ in `bit` exchange the half that belongs to the other.
@@ -114,9 +133,35 @@ struct Tile {
     }
 };
 
+// Where a row of a tile's matrix lies in out and residual. Lane q of the four that store it has outputs 2 q and 2 q + 1
+// of every group of 8, and loads and stores every fourth group.
+struct Spot {
+    bool inside;
+    long long at;  // of its first 8 outputs
+
+    __device__ __forceinline__ Spot(const Tile& tile, int row, int height, int width, int last) {
+        const int y = tile.y + row % TILE_H, x = tile.x + row / TILE_H;
+        inside = y < last && x < width;
+        at = ((((long long)tile.t * height + y) * width + x) * OUTPUTS + tile.o) / 8;
+    }
+
+    __device__ __forceinline__ void prefetch(const uint4* from) const {
+        if (inside)
+#pragma unroll
+            for (int j = 0; j < BN / 32; ++j) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at + 4 * j));
+    }
+
+    __device__ __forceinline__ void load(uint4 (&to)[BN / 32], const uint4* from, int lane) const {
+#pragma unroll
+        for (int j = 0; j < BN / 32; ++j)
+            to[j] = inside ? __ldg(from + at + 4 * j + lane % 4) : make_uint4(0, 0, 0, 0);
+    }
+};
+
 extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
     const __grid_constant__ TensorMap frames, const __grid_constant__ TensorMap weights, uint4* out,
-    int turns, int across, int down, int height, int width, int first, int last) {
+    const float2* bias, const uint4* residual, int turns, int across, int down, int height, int width, int first,
+    int last) {
     extern __shared__ char shared[];
     const u32 base = ((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
     const u32 a_base = base, b_base = base + STAGES * A_STAGE;
@@ -147,8 +192,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
                                  tile.t + row / 3);
 #pragma unroll
                     for (int dx = 0; dx < 3; ++dx)
-                        fetch_weights(b_base + stage * B_STAGE + dx * B_TAP, &weights, bar,
-                                      (row * 3 + dx) * CHANNELS + c, tile.o);
+                        fetch_weights(b_base + stage * B_STAGE + dx * B_TAP, &weights, bar, c, row * 3 + dx, tile.o);
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                 }
             }
@@ -159,12 +203,23 @@ extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
         int stage = 0;
         u32 phase = 0;
         for (int turn = blockIdx.x; turn < turns; turn += gridDim.x) {
+            if (residual && threadIdx.x < BM)
+                Spot(Tile(turn, across, down, first), threadIdx.x, height, width, last).prefetch(residual);
             float sums[BLOCKS_M][BN / 2];
+            const float2* start = bias + turn % N_TILES * BN / 2 + lane % 4;
 #pragma unroll
-            for (int m = 0; m < BLOCKS_M; ++m)
+            for (int j = 0; j < BN / 8; ++j) {
+                const float2 pair = bias ? __ldg(start + 4 * j) : make_float2(0.0f, 0.0f);
 #pragma unroll
-                for (int i = 0; i < BN / 2; ++i) sums[m][i] = 0.0f;
+                for (int i = 0; i < 2 * BLOCKS_M; ++i) {
+                    sums[i / 2][4 * j + i % 2 * 2] = pair.x;
+                    sums[i / 2][4 * j + i % 2 * 2 + 1] = pair.y;
+                }
+            }
             int before = -1;  // the stage whose products may still run
+#if CHANNELS < 32  // all of a few steps unrolled, the compiler makes each wait for the one before
+#pragma unroll 1
+#endif
             for (int step = 0; step < STEPS; ++step) {
                 barrier_wait(full + 8 * stage, phase);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -173,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
 #pragma unroll
                 for (int dx = 0; dx < 3; ++dx)
 #pragma unroll
-                    for (int k = 0; k < KC / 16; ++k)  // 16 channels are 32 bytes; a descriptor counts in 16
+                    for (int k = 0; k < DEPTH / 16; ++k)  // 16 channels are 32 bytes; a descriptor counts in 16
 #pragma unroll
                         for (int m = 0; m < BLOCKS_M; ++m)
                             wgmma(sums[m], a + (dx * COLUMN + m * 64 * ROW + k * 32) / 16,
@@ -184,30 +239,48 @@ extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
                 before = stage;
                 if (++stage == STAGES) stage = 0, phase ^= 1;
             }
+            const Tile tile(turn, across, down, first);
+            const auto spot = [&](int r) {
+                const int row = (group * BLOCKS_M + r / 2) * 64 + warp * 16 + r % 2 * 8 + lane / 4;
+                return Spot(tile, row, height, width, last);
+            };
+            uint4 more[AHEAD ? ROWS : 1][BN / 32];
+            if (residual)
+#pragma unroll
+                for (int r = 0; r < AHEAD; ++r) spot(r).load(more[r], residual, lane);
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             if (lane == 0) barrier_arrive(empty + 8 * before);
 
-            const Tile tile(turn, across, down, first);
 #pragma unroll
-            for (int m = 0; m < BLOCKS_M; ++m)
+            for (int r = 0; r < ROWS; ++r) {
+                float(&row)[BN / 2] = sums[r / 2];
+                const int half = r % 2 * 2;
+                const Spot to = spot(r);
+                if (residual) {
+                    if (r >= AHEAD) to.load(more[AHEAD ? r : 0], residual, lane);
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int row = (group * BLOCKS_M + m) * 64 + warp * 16 + half * 8 + lane / 4;
-                    const int y = tile.y + row % TILE_H, x = tile.x + row / TILE_H;
-                    const bool inside = y < last && x < width;
-                    const long long pixel = ((long long)tile.t * height + y) * width + x;
-                    // lane q of four has outputs 2 q and 2 q + 1 of every group of 8, and stores every fourth group
-                    uint4* to = out + (pixel * OUTPUTS + tile.o) / 8 + lane % 4;
-#pragma unroll
-                    for (int j = 0; j < BN / 8; j += 4) {
-                        u32 v[4];
-#pragma unroll
-                        for (int i = 0; i < 4; ++i)
-                            v[i] = pack(sums[m][(j + i) * 4 + half * 2], sums[m][(j + i) * 4 + half * 2 + 1]);
+                    for (int j = 0; j < BN / 32; ++j) {
+                        const uint4 four = more[AHEAD ? r : 0][j];
+                        u32 v[4] = {four.x, four.y, four.z, four.w};
                         transpose(v, lane);
-                        if (inside) to[j] = make_uint4(v[0], v[1], v[2], v[3]);
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            const float2 pair = unpack(v[i]);
+                            row[(4 * j + i) * 4 + half] += pair.x;
+                            row[(4 * j + i) * 4 + half + 1] += pair.y;
+                        }
                     }
                 }
+#pragma unroll
+                for (int j = 0; j < BN / 32; ++j) {
+                    u32 v[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        v[i] = pack(row[(4 * j + i) * 4 + half], row[(4 * j + i) * 4 + half + 1]);
+                    transpose(v, lane);
+                    if (to.inside) out[to.at + 4 * j + lane % 4] = make_uint4(v[0], v[1], v[2], v[3]);
+                }
+            }
         }
     }
 }

@@ -5,6 +5,9 @@ Frames without a past meet only the last of three time taps: the same kernel con
 cuDNN has faster and slower algorithms for it and no rule that finds the fast ones; a race finds them, but another one
 may win in another process and rounds otherwise. This kernel is one algorithm: same bits every time, nothing to race.
 
+It adds what a convolution leaves undone, bias and skip connection, before it rounds: PyTorch's passes over memory for
+that are not needed.
+
 Layout: channels last. T frames behind two older ones (with one time tap: none), C channels in, O out.
 """
 
@@ -26,6 +29,9 @@ SWITCH = "WANRT_HOPPER_CONV"  # 0: off, to compare, or for a device that hangs: 
 ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
 TYPES = {torch.float16: ("f16", 6), torch.bfloat16: ("bf16", 9)}  # PTX's name, CUtensorMapDataType
 CHUNK, TILE_HEIGHT, THREADS = 32, 8, 384  # channels of a step, rows of a tile, threads of a block
+# Channels to pad a picture's three to: a pixel is 16 bytes then, the least that the copy engine steps by. It fills up
+# to CHUNK; with CHUNK itself here nothing is left to it.
+PIXEL_CHANNELS = 8
 SHARED_BYTES = 232448  # 227 KiB, all that a block of this architecture may have
 SLACK_BYTES = 1024 + 256  # for alignment, and for the barriers
 # (pixels, outputs) of a tile: what a product costs in it, relative: small ones read more of the L2 cache for each. From
@@ -34,13 +40,23 @@ TILES = {(256, 192): 1.0, (128, 192): 1.17, (256, 96): 0.97, (128, 96): 1.4}
 SWIZZLE, L2_PROMOTION = 2, 3  # CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 
 
-def conv_window_ref(window: Tensor, weight: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
+def conv_window_ref(
+    window: Tensor,
+    weight: Tensor,
+    rows: tuple[int, int] | None = None,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """Compute what `conv_window` computes, with PyTorch's own convolution. Same arguments, same result.
 
     Where that leaves rows unwritten, zeros are here.
     """
     taps = weight.unflatten(1, (-1, 3, 3, window.shape[3])).permute(0, 4, 1, 2, 3)
     out = F.conv3d(window.permute(3, 0, 1, 2)[None], taps, padding=(0, 1, 1))[0].permute(1, 2, 3, 0)
+    for more in (bias, residual):
+        out = out if more is None else out + more
+    out = out.to(window.dtype)
     first, last = rows or (0, window.shape[1])
     written = torch.zeros_like(out, memory_format=torch.contiguous_format)
     written[:, first:last] = out[:, first:last]
@@ -87,6 +103,7 @@ class ConvConfig:
         numbers = {
             "CHANNELS": self.channels, "OUTPUTS": self.outputs, "TAPS": self.taps, "BM": self.pixels,
             "BN": self.columns, "STAGES": self.stages, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
+            "UNPACK": f'"cvt.f32.{self.kind}"',
         }  # fmt: skip
         defines = "".join(f"#define {name} {value}\n" for name, value in numbers.items())
         kernel = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
@@ -111,7 +128,7 @@ def forms(channels: int, outputs: int, kind: str, taps: int = 3) -> tuple[ConvCo
     return tuple(
         ConvConfig(channels, outputs, pixels, columns, kind, taps)
         for pixels, columns in TILES
-        if channels % CHUNK == 0 and outputs % columns == 0
+        if (channels % CHUNK == 0 or channels == PIXEL_CHANNELS) and outputs % columns == 0
     )
 
 
@@ -154,7 +171,14 @@ def unsupported(device: torch.device, channels: int, outputs: int, dtype: torch.
     return None
 
 
-def conv_window(window: Tensor, weight: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
+def conv_window(
+    window: Tensor,
+    weight: Tensor,
+    rows: tuple[int, int] | None = None,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """Convolve [T + 2, H, W, C] with [O, 27 C] to [T, H, W, O]: valid in time, zeros around the picture.
 
     Args:
@@ -162,22 +186,26 @@ def conv_window(window: Tensor, weight: Tensor, rows: tuple[int, int] | None = N
         weight: contiguous, in the window's dtype; 27 taps (time, row, column) of C channels for each output. Or 9:
             [T, H, W, C] with [O, 9 C] to [T, H, W, O], frame by frame.
         rows: (first, last): computes output rows `first` to `last` - 1 and leaves the others unwritten; None: all.
+        bias: [O], contiguous fp32, to add.
+        residual: [T, H, W, O], contiguous, in the window's dtype, to add.
 
     Returns:
-        A new tensor in the window's dtype, summed in fp32, without a bias.
+        A new tensor in the window's dtype, summed in fp32 and rounded once.
 
     Raises:
         ValueError: shapes, layout or dtypes that do not fit, with what was got and expected.
         NvrtcError: what the compiler or the driver says.
     """
     _check(window, weight, rows)
+    _check_more(window, weight, bias, residual)
     channels = window.shape[3]
     taps = weight.shape[1] // (9 * channels)
     frames, height, width = _clip(window, taps)
     first, last = rows or (0, height)
     processors = torch.cuda.get_device_properties(window.device).multi_processor_count
     options = forms(channels, weight.shape[0], TYPES[window.dtype][0], taps)
-    return launch(window, weight, choose(options, (frames, last - first, width), processors), rows)
+    form = choose(options, (frames, last - first, width), processors)
+    return launch(window, weight, form, rows, bias=bias, residual=residual)
 
 
 def _clip(window: Tensor, taps: int) -> tuple[int, int, int]:
@@ -186,7 +214,15 @@ def _clip(window: Tensor, taps: int) -> tuple[int, int, int]:
     return frames - taps + 1, height, width
 
 
-def launch(window: Tensor, weight: Tensor, form: ConvConfig, rows: tuple[int, int] | None = None) -> Tensor:
+def launch(
+    window: Tensor,
+    weight: Tensor,
+    form: ConvConfig,
+    rows: tuple[int, int] | None = None,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """Launch one form of the kernel; arguments as for `conv_window`, which has checked them."""
     frames, height, width = _clip(window, form.taps)
     first, last = rows or (0, height)
@@ -198,12 +234,16 @@ def launch(window: Tensor, weight: Tensor, form: ConvConfig, rows: tuple[int, in
         arguments = (
             # column after column: a column of pixels is a group of matrix rows
             tensor_map(window.transpose(1, 2), (CHUNK, TILE_HEIGHT, form.tile_width + 2, 1), code),
-            tensor_map(weight, (CHUNK, form.columns), code),
-            ctypes.c_void_p(out.data_ptr()),
+            tensor_map(weight.unflatten(1, (-1, form.channels)), (CHUNK, 1, form.columns), code),
+            *(_address(x) for x in (out, bias, residual)),
             *(ctypes.c_int(value) for value in (turns, across, down, height, width, first, last)),
         )
         _function(form, window.device.index)(min(turns, processors), THREADS, arguments)
     return out
+
+
+def _address(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def _check(window: Tensor, weight: Tensor, rows: tuple[int, int] | None) -> None:
@@ -228,6 +268,21 @@ def _check(window: Tensor, weight: Tensor, rows: tuple[int, int] | None) -> None
         )
     if frames < (taps := weight.shape[1] // (9 * channels)):
         raise ValueError(f"window: got {frames} frames for {taps} taps in time; expected {taps} at least")
+
+
+def _check_more(window: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    outputs = weight.shape[0]
+    clip = _clip(window, weight.shape[1] // (9 * window.shape[3]))
+    expected = {
+        "bias": (bias, (outputs,), torch.float32),
+        "residual": (residual, (*clip, outputs), window.dtype),
+    }
+    for name, (x, shape, dtype) in expected.items():
+        if x is None or (tuple(x.shape), x.dtype, x.is_contiguous()) == (shape, dtype, True):
+            continue
+        raise ValueError(
+            f"{name}: got {x.dtype} {tuple(x.shape)}, strides {x.stride()}; expected contiguous {dtype} {list(shape)}"
+        )
 
 
 @cache

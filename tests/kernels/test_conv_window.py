@@ -1,6 +1,7 @@
 """The Hopper convolution: its forms and source here, its numbers on a GPU."""
 
 import ctypes
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from wanrt_kernels import nvrtc
 from wanrt_kernels.conv_window import (
     CHUNK,
+    PIXEL_CHANNELS,
     SHARED_BYTES,
     SLACK_BYTES,
     TILE_HEIGHT,
@@ -24,6 +26,7 @@ from wanrt_kernels.conv_window import (
 )
 
 SHAPES = [(96, 96), (192, 192), (192, 384), (384, 384), (384, 192)]  # of the Wan VAE's decoder
+PIXELS = (PIXEL_CHANNELS, 96)  # of its encoder's first convolution
 
 
 def draw(*shape, device="cpu", dtype=torch.float32, scale=1.0):
@@ -65,7 +68,7 @@ def test_rows_outside_the_picture_are_refused(rows):
         conv_window(draw(3, 6, 4, 96), draw(96, 27 * 96), rows)
 
 
-@pytest.mark.parametrize(("channels", "outputs"), SHAPES)
+@pytest.mark.parametrize(("channels", "outputs"), [*SHAPES, PIXELS])
 def test_forms_fill_shared_memory_and_cover_the_channels(channels, outputs):
     found = forms(channels, outputs, "f16")
     assert len(found) == (2 if outputs % 192 else 4)
@@ -77,9 +80,36 @@ def test_forms_fill_shared_memory_and_cover_the_channels(channels, outputs):
         assert frames % 512 == form.columns * CHUNK * 2 % 512 == TILE_HEIGHT * CHUNK * 2 % 512 == 0
 
 
+def test_reference_adds_bias_and_residual():
+    window, weight = draw(3, 4, 5, 8), draw(4, 27 * 8)
+    bias, residual = draw(4), draw(1, 4, 5, 4)
+    want = conv_window_ref(window, weight) + bias + residual
+    assert torch.equal(conv_window_ref(window, weight, bias=bias, residual=residual), want)
+    half = conv_window_ref(window.bfloat16(), weight.bfloat16(), bias=bias)
+    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"bias": torch.zeros(95)}, r"bias: got torch.float32 \(95,\)"),
+        ({"bias": torch.zeros(96).half()}, "bias: got torch.float16"),
+        ({"residual": torch.zeros(1, 4, 5, 96)}, r"expected contiguous torch.float16 \[1, 4, 5, 96\]"),
+        ({"residual": torch.zeros(1, 5, 4, 96).half().transpose(1, 2)}, "residual: got"),
+    ],
+)
+def test_what_does_not_fit_is_not_added(monkeypatch, more, message):
+    from wanrt_kernels import conv_window as module
+
+    monkeypatch.setattr(module, "unsupported", lambda *sizes: None)
+    with pytest.raises(ValueError, match=message):
+        conv_window(torch.zeros(3, 4, 5, 96).half(), torch.zeros(96, 27 * 96).half(), **more)
+
+
 def test_other_sizes_have_no_form():
     assert forms(16, 16, "f16") == ()
     assert forms(96, 8, "f16") == ()
+    assert forms(PIXEL_CHANNELS, 8, "f16") == ()
     assert "not a CUDA device" in why_not(torch.device("cpu"), 96, 96, torch.float16)
     with pytest.raises(ValueError, match="not a CUDA device; use conv_window_ref"):
         conv_window(draw(3, 4, 4, 96), draw(96, 27 * 96))
@@ -132,7 +162,7 @@ def test_tiles_cover_pictures_that_they_do_not_divide():
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
-@pytest.mark.parametrize(("channels", "outputs"), SHAPES)
+@pytest.mark.parametrize(("channels", "outputs"), [*SHAPES, PIXELS])
 def test_every_form_compiles(channels, outputs, kind):
     try:
         nvrtc.nvrtc()
@@ -167,7 +197,7 @@ def error(got, want):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("taps", [3, 1])
 @pytest.mark.parametrize("clip", [(1, 5, 7), (2, 40, 72), (3, 33, 50), (1, 40, 288)])
-@pytest.mark.parametrize(("channels", "outputs"), SHAPES)
+@pytest.mark.parametrize(("channels", "outputs"), [*SHAPES, PIXELS])
 def test_as_exact_as_cudnn(channels, outputs, clip, taps, dtype):
     reason = unsupported(torch.device("cuda", 0), channels, outputs, dtype)
     if reason is not None:
@@ -205,6 +235,46 @@ def test_rows_are_those_of_the_whole_to_the_last_bit(monkeypatch, channels, outp
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("taps", [3, 1])
+@pytest.mark.parametrize("clip", [(1, 5, 7), (2, 33, 50), (1, 160, 288)])
+@pytest.mark.parametrize(("channels", "outputs"), [(96, 96), (192, 384), PIXELS])
+def test_bias_and_residual_are_added_before_rounding(channels, outputs, clip, taps, dtype):
+    reason = unsupported(torch.device("cuda", 0), channels, outputs, dtype)
+    if reason is not None:
+        pytest.skip(reason)
+    frames, height, width = clip
+    inputs = 9 * taps * channels
+    window = draw(frames + taps - 1, height, width, channels, device="cuda", dtype=dtype)
+    weight = draw(outputs, inputs, device="cuda", dtype=dtype, scale=inputs**-0.5)
+    bias, residual = draw(outputs, device="cuda"), draw(*clip, outputs, device="cuda", dtype=dtype)
+    for more in ({"bias": bias}, {"residual": residual}, {"bias": bias, "residual": residual}):
+        wide = {name: x.double() for name, x in more.items()}
+        exact = conv_window_ref(window.double(), weight.double(), **wide)
+        limit = 1.05 * error(conv_window_ref(window, weight, **more), exact)
+        results = [launch(window, weight, f, **more) for f in forms(channels, outputs, TYPES[dtype][0], taps)]
+        for got in (*results, conv_window(window, weight, **more)):
+            assert error(got, exact) <= limit
+            assert torch.equal(got, results[0])
+
+
+@pytest.mark.gpu
+def test_rows_left_out_get_no_residual(monkeypatch):
+    if unsupported(torch.device("cuda", 0), 96, 96, torch.float16) is not None:
+        pytest.skip("not a Hopper GPU")
+    window = draw(1, 33, 50, 96, device="cuda", dtype=torch.float16)
+    weight = draw(96, 9 * 96, device="cuda", dtype=torch.float16, scale=0.02)
+    more = {"bias": draw(96, device="cuda"), "residual": torch.ones_like(window)}
+    want = conv_window(window, weight, **more)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *shape: new_empty(x, *shape).fill_(7))
+    for form in forms(96, 96, "f16", taps=1):
+        got = launch(window, weight, form, (1, 32), **more)
+        assert torch.equal(got[:, 1:32], want[:, 1:32])
+        assert (got[:, [0, 32]] == 7).all()
+
+
+@pytest.mark.gpu
 def test_inside_a_cuda_graph():
     if unsupported(torch.device("cuda", 0), 96, 96, torch.float16) is not None:
         pytest.skip("not a Hopper GPU")
@@ -235,3 +305,28 @@ def test_the_copy_engine_gets_sizes_innermost_first(monkeypatch):
     assert ctypes.addressof(described) % 64 == 0
     strides = [6 * 96 * 2, 96 * 2, 5 * 6 * 96 * 2]
     assert seen == [(6, 4, [96, 5, 6, 4], strides, [32, 8, 34, 1], [1, 1, 1, 1], (0, 2, 3, 0))]
+
+
+def test_what_a_pixel_lacks_of_a_chunk_lies_outside_the_tensors(monkeypatch):
+    """The copy engine fills it with zeros; it steps by multiples of 16 bytes."""
+    from wanrt_kernels import conv_window as module
+
+    seen = []
+
+    class Driver:
+        def cuTensorMapEncodeTiled(self, described, code, rank, address, sizes, strides, box, steps, *rest):
+            seen.append((list(sizes), list(strides), list(box)))
+            return 0
+
+    class Properties:
+        multi_processor_count = 132
+
+    monkeypatch.setattr(nvrtc, "driver", Driver)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(module, "_function", lambda form, device: lambda *arguments: None)
+    window = torch.zeros(1, 16, 40, 8, dtype=torch.float16)
+    launch(window, torch.zeros(96, 72, dtype=torch.float16), ConvConfig(8, 96, 256, 96, "f16", taps=1))
+    frames, weights = seen
+    assert frames == ([8, 16, 40, 1], [40 * 16, 16, 16 * 40 * 16], [CHUNK, TILE_HEIGHT, 34, 1])
+    assert weights == ([8, 9, 96], [16, 9 * 16], [CHUNK, 1, 96])

@@ -6,22 +6,22 @@
   for T = 1 a 2-D convolution over the three frames stacked as channels. `wanrt_kernels.norm_stack` writes its input
   while it finishes the previous layer (bias, skip connection, RMSNorm, SiLU) and updates the stream's state in
   place. cuDNN does the rest in channels-last, or on Hopper `wanrt_kernels.conv_window`, for T = 1 and lone frames
-  too.
+  too; that one adds bias and skip connection itself.
 - Nearest upsampling followed by a 3x3 convolution reads each input pixel up to nine times through four phases.
   Summing the taps that meet the same pixel gives four 2x2 kernels: one convolution with 4 C outputs on the small
   picture, 4/9 of the arithmetic; `norm_stack` reads its output in picture order.
-- The decoder's affine un-normalisation and `conv2`, and the encoder's `conv1` and normalisation, are each one
-  16-wide matrix in fp32.
+- The decoder's affine un-normalisation and `conv2` are one 16-wide matrix in fp32. The encoder's `conv1` and
+  normalisation are folded into the convolution before them.
 
-A biased convolution would cost PyTorch one more pass over its output, so biases are kept apart and ride along
-in `Pending`. Batch is 1. Layout inside is [T, H, W, C]; a `VaeState` slot ([1, C, 2, H, W] in channels_last_3d
+A biased convolution would cost PyTorch one more pass over its output, so cuDNN's biases are kept apart and ride
+along in `Pending`. Batch is 1. Layout inside is [T, H, W, C]; a `VaeState` slot ([1, C, 2, H, W] in channels_last_3d
 strides) is the same memory as [2, H, W, C], so plain and fast path can continue each other's streams.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ from wanrt.models.vae import (
     WanVae,
     convolve_window,
 )
-from wanrt_kernels.conv_window import conv_window, why_not
+from wanrt_kernels.conv_window import PIXEL_CHANNELS, conv_window, why_not
 from wanrt_kernels.norm_stack import NO_MARGIN, Margin, norm_stack
 from wanrt_kernels.softmax_rows import softmax_rows
 
@@ -70,11 +70,11 @@ class Pending:
         window: bool = False,
         keep: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Add, normalise, and put together with the past; see `norm_stack`. With nothing to do, `x` itself."""
+        """Add, normalise, and put together with the past; see `norm_stack`. With nothing to add, the total is `x`."""
         nothing_to_add = self.bias is None and self.residual is None and not self.shuffled
         if nothing_to_add and scale is None and state is None:
             return self.x, self.x if keep else None
-        return norm_stack(
+        y, total = norm_stack(
             self.x,
             scale,
             bias=self.bias,
@@ -84,8 +84,9 @@ class Pending:
             margin=self.margin,
             silu=silu,
             window=window,
-            keep_total=keep,
+            keep_total=keep and not nothing_to_add,
         )
+        return y, self.x if keep and nothing_to_add else total
 
 
 def conv2d_nhwc(x: Tensor, weight: Tensor, *, padding: int = 1, stride: int = 1) -> Tensor:
@@ -106,13 +107,8 @@ def _scale_of(norm: RMSNorm) -> Tensor:
     return norm.gamma.detach().float().flatten() * norm.scale
 
 
-def conv3d_nhwc(window: Tensor, weight: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
-    """[T + 2, H, W, C] x [O, C, 3, 3, 3] (channels-last) -> [T, H, W, O], contiguous, without a bias.
-
-    rows: (first, last): rows `first` to `last` - 1 are wanted, the others may be anything; None: all.
-    """
-    if why_not(window.device, weight.shape[1], weight.shape[0], window.dtype) is None:
-        return conv_window(window, weight.permute(0, 2, 3, 4, 1).flatten(1), rows)
+def conv3d_nhwc(window: Tensor, weight: Tensor) -> Tensor:
+    """[T + 2, H, W, C] x [O, C, 3, 3, 3] (channels-last) -> [T, H, W, O], contiguous, without a bias."""
     out = convolve_window(window.permute(3, 0, 1, 2)[None], weight, None)
     return out[0].permute(1, 2, 3, 0).contiguous()  # a no-op on CUDA
 
@@ -155,16 +151,32 @@ class FastConv(nn.Module):
         self.register_buffer("last", _channels_last(weight[:, :, -1], dtype))
         self.register_buffer("bias", F.pad(_bias_of(conv).float(), (0, pad_out)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve a window [T + 2, H, W, C], stacks [T, H, W, 3C], or a lone frame [1, H, W, C] of a start."""
+    def pending(self, x: Tensor, skip: Tensor | None = None) -> Pending:
+        """The convolution of `x` plus bias and `skip` [T, H, W, O]: the sum, or with cuDNN what remains to be added."""
+        if self.why_cudnn is None:
+            return Pending(self(x, skip))
+        return Pending(self(x), self.bias, skip)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Convolve a window [T + 2, H, W, C], stacks [T, H, W, 3C], or a lone frame [1, H, W, C] of a start.
+
+        wanrt's own kernel adds the bias and `skip`; cuDNN neither.
+        """
+        if self.why_cudnn is None:
+            return self._by_kernel(x, skip)
         if x.shape[-1] != self.last.shape[1]:
             return conv2d_nhwc(x, self.steady, padding=self.last.shape[-1] // 2)
-        rows = self.unread[0], x.shape[1] - self.unread[1]
         if self.windows and x.shape[0] > 1:
-            return conv3d_nhwc(x, self.steady, rows)
-        if self.why_cudnn is None:
-            return conv_window(x, self.last.permute(0, 2, 3, 1).flatten(1), rows)
+            return conv3d_nhwc(x, self.steady)
         return conv2d_nhwc(x, self.last, padding=self.last.shape[-1] // 2)
+
+    def _by_kernel(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        if x.shape[0] > 1:
+            weight = self.steady.permute(0, 2, 3, 4, 1).flatten(1)
+        else:
+            weight = self.last.permute(0, 2, 3, 1).flatten(1)
+        rows = self.unread[0], x.shape[1] - self.unread[1]
+        return conv_window(x, weight, rows, bias=self.bias, residual=skip)
 
 
 class Stream:
@@ -214,11 +226,10 @@ class FastResidual(nn.Module):
     def forward(self, pending: Pending, stream: Stream) -> Pending:
         """Finish `pending`, run both convolutions; the skip connection rides along."""
         x, skip = stream.feed(pending, self.conv1, self.scale1, keep=True)
-        middle = Pending(self.conv1(x), self.conv1.bias)
-        x, _ = stream.feed(middle, self.conv2, self.scale2, keep=False)
+        x, _ = stream.feed(self.conv1.pending(x), self.conv2, self.scale2, keep=False)
         if self.shortcut is not None:
             skip = F.linear(skip, self.shortcut.last[:, :, 0, 0])
-        return Pending(self.conv2(x), self.conv2.bias, skip)
+        return self.conv2.pending(x, skip)
 
 
 class FastAttention(nn.Module):
@@ -250,11 +261,17 @@ class FastAttention(nn.Module):
     def forward(self, pending: Pending, stream: Stream) -> Pending:
         """Attend within each frame; needs no history."""
         normed, total = pending.finish(self.scale, silu=False)
-        asking, asked, channels = normed.flatten(1, 2), self.around(normed).flatten(1, 2), normed.shape[-1]
-        q = F.linear(asking, self.qkv[:channels], self.qkv_bias[:channels])
-        k, v = F.linear(asked, self.qkv[channels:], self.qkv_bias[channels:]).chunk(2, dim=-1)
-        mixed = _attend(q, k, v)
+        mixed = _attend(*self._queries_keys_values(normed, self.around(normed)))
         return Pending(F.linear(mixed, self.proj, self.proj_bias).view_as(normed), residual=total)
+
+    def _queries_keys_values(self, asking: Tensor, asked: Tensor) -> tuple[Tensor, ...]:
+        """Of [T, H, W, C] each: [T, H * W, C], by one product where the same pixels ask and are asked."""
+        if asked is asking:
+            return F.linear(asking.flatten(1, 2), self.qkv, self.qkv_bias).chunk(3, dim=-1)
+        channels = asking.shape[-1]
+        q = F.linear(asking.flatten(1, 2), self.qkv[:channels], self.qkv_bias[:channels])
+        k, v = F.linear(asked.flatten(1, 2), self.qkv[channels:], self.qkv_bias[channels:]).chunk(2, dim=-1)
+        return q, k, v
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -361,15 +378,22 @@ FAST_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 class FastHalf(nn.Module):
-    """conv1, the blocks and the head of an encoder or decoder."""
+    """conv1, the blocks and the head of an encoder or decoder; `last`: in place of the head's convolution."""
 
     scale: Tensor
 
     def __init__(
-        self, half: Encoder | Decoder, dtype: torch.dtype, *, pad_in: int = 0, pad_out: int = 0
+        self,
+        half: Encoder | Decoder,
+        dtype: torch.dtype,
+        *,
+        pad_in: int = 0,
+        pad_out: int = 0,
+        last: CausalConv3d | None = None,
     ) -> None:
         super().__init__()
         head: Any = half.head
+        last = last or head["2"]
         self.conv1 = FastConv(half.conv1, dtype, pad_in=pad_in)
         self.blocks, frames = nn.ModuleList(), 1
         for block in half.blocks():
@@ -377,19 +401,34 @@ class FastHalf(nn.Module):
             if isinstance(block, Upsample) and block.time_conv is not None:
                 frames *= 2
         self.register_buffer("scale", _scale_of(head["0"]))
-        self.head = FastConv(head["2"], dtype, frames, pad_out=pad_out)
-        self.channels_out = head["2"].out_channels
+        self.head = FastConv(last, dtype, frames, pad_out=pad_out)
+        self.channels_out = last.out_channels
 
     def forward(self, x: Tensor, state: VaeState | None) -> Tensor:
         """[T, H, W, C] -> fp32 [T', H', W', O] with the head's bias added."""
         stream = Stream(state)
         x, _ = stream.feed(Pending(x), self.conv1, None, keep=False)
-        pending = Pending(self.conv1(x), self.conv1.bias)
+        pending = self.conv1.pending(x)
         for block in self.blocks:
             pending = block(pending, stream)
         x, _ = stream.feed(pending, self.head, self.scale, keep=False)
         out = self.channels_out
         return self.head(x)[..., :out] + self.head.bias[:out]  # fp32, as the bias
+
+
+@torch.no_grad()
+def fold_normalisation(vae: WanVae) -> CausalConv3d:
+    """`(conv1(head(h)) - mean) / std` as one convolution, folded in fp32: to the mean, without the log-variance."""
+    mean, std = vae.mean.flatten().float(), vae.std.flatten().float()
+    z, head = vae.config.z_dim, cast(CausalConv3d, vae.encoder.head["2"])
+    matrix = vae.conv1.weight.float().flatten(1)[:z] / std[:, None]
+    bias = matrix @ _bias_of(head).float() + (_bias_of(vae.conv1).float()[:z] - mean) / std
+    with torch.device("meta"):  # initialises nothing, draws no random numbers
+        folded = CausalConv3d(head.in_channels, z, (3, 3, 3))
+    folded.weight = nn.Parameter(torch.einsum("zo,octhw->zcthw", matrix, head.weight.float()))
+    folded.bias = nn.Parameter(bias)
+    folded.path = head.path
+    return folded
 
 
 class FastVae(nn.Module):
@@ -404,8 +443,6 @@ class FastVae(nn.Module):
 
     to_raw: Tensor
     raw_bias: Tensor
-    to_mean: Tensor
-    mean_bias: Tensor
 
     def __init__(self, vae: WanVae, *, dtype: torch.dtype, encode_dtype: torch.dtype = torch.float16) -> None:
         super().__init__()
@@ -417,19 +454,16 @@ class FastVae(nn.Module):
         self.dtype = dtype
         self.encode_dtype = encode_dtype
         self.decoder = FastHalf(vae.decoder, dtype, pad_out=-3 % TENSOR_CORE_CHANNELS)
-        self.encoder = FastHalf(vae.encoder, encode_dtype, pad_in=-3 % TENSOR_CORE_CHANNELS)
-        self._fold_ends(vae)
+        last = fold_normalisation(vae)
+        self.encoder = FastHalf(vae.encoder, encode_dtype, pad_in=PIXEL_CHANNELS - 3, last=last)
+        self._fold_entry(vae)
 
-    def _fold_ends(self, vae: WanVae) -> None:
-        """`conv2((z * std) + mean)` and `(conv1(h) - mean) / std` as one matrix each, in fp32."""
+    def _fold_entry(self, vae: WanVae) -> None:
+        """`conv2((z * std) + mean)` as one matrix, in fp32."""
         mean, std = vae.mean.flatten().float(), vae.std.flatten().float()
-        z = vae.config.z_dim
         conv2 = vae.conv2.weight.detach().float().flatten(1)
-        conv1 = vae.conv1.weight.detach().float().flatten(1)[:z]
         self.register_buffer("to_raw", conv2 * std)
         self.register_buffer("raw_bias", conv2 @ mean + _bias_of(vae.conv2).float())
-        self.register_buffer("to_mean", conv1 / std[:, None])
-        self.register_buffer("mean_bias", (_bias_of(vae.conv1).float()[:z] - mean) / std)
 
     @property
     def why_cudnn(self) -> str | None:
@@ -467,11 +501,16 @@ class FastVae(nn.Module):
         """
         if pixels.shape[:3] != (1, 3, 1):
             raise ValueError(f"got pixels of shape {list(pixels.shape)}, expected [1, 3, 1, H, W]: one frame")
-        hidden = self.encoder(self._padded(pixels[0].permute(1, 2, 3, 0)), None)
-        return F.linear(hidden, self.to_mean, self.mean_bias).permute(3, 0, 1, 2)[None]
+        pad, inside = self.frame_pad(*pixels.shape[3:])
+        inside.copy_(pixels)
+        return self.encode_pad(pad)
 
-    def _padded(self, frame: Tensor) -> Tensor:
-        """[1, H, W, 3], any strides and dtype -> [1, H, W, 8], contiguous, the encoder's dtype: zeros and one copy."""
-        padded = frame.new_zeros(*frame.shape[:3], TENSOR_CORE_CHANNELS, dtype=self.encode_dtype)
-        padded[..., : frame.shape[3]] = frame
-        return padded
+    def frame_pad(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Memory for one frame as the encoder reads it, [1, H, W, 8] zeros, and the pixels in it, [1, 3, 1, H, W]."""
+        pad = self.to_raw.new_zeros(1, height, width, PIXEL_CHANNELS, dtype=self.encode_dtype)
+        return pad, pad[..., :3].permute(3, 0, 1, 2)[None]
+
+    @torch.no_grad()
+    def encode_pad(self, pad: Tensor) -> Tensor:
+        """As `encode_frame` for a frame whose pixels were copied into a `frame_pad`."""
+        return self.encoder(pad, None).permute(3, 0, 1, 2)[None]
