@@ -20,15 +20,8 @@
 //
 // Only rows `first` to `last` - 1 of out are computed, in tiles that begin at `first`; all rows of frames are read.
 //
-// Given by the host: CHANNELS, OUTPUTS, TAPS, BM, BN, STAGES, PACK and UNPACK (PTX that rounds two floats, and that
-// widens one number), and `wgmma`, written for BN outputs.
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-struct alignas(64) TensorMap {
-    char opaque[128];
-};
+// Given by the host: CHANNELS, OUTPUTS, TAPS, BM, BN, STAGES, UNPACK (PTX that widens one number), and `wgmma`, written
+// for BN outputs.
 
 constexpr int KC = 32, ROW = KC * 2;  // channels of a step; bytes of a matrix row
 constexpr int TILE_H = 8, TILE_W = BM / TILE_H;
@@ -44,30 +37,6 @@ constexpr int STEPS = 3 * TAPS * CHUNKS;
 constexpr int N_TILES = OUTPUTS / BN;
 static_assert(BN % 32 == 0, "four lanes store four groups of 8 outputs");
 constexpr int CONSUMER_WARPS = 8;
-
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra through;\n"
-        "bra again;\n"
-        "through:\n"
-        "}" ::"r"(bar), "r"(parity) : "memory");
-}
 
 __device__ __forceinline__ void fetch_frames(u32 to, const TensorMap* map, u32 bar, int c, int y, int x, int t) {
     asm volatile(
@@ -87,12 +56,6 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
     return ((address & 0x3FFFF) >> 4) | (1ull << 16) | ((eight_rows >> 4) << 32) | (swizzle_64_bytes << 62);
 }
 
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 both;
-    asm(PACK " %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-
 __device__ __forceinline__ float2 unpack(u32 both) {
     float2 pair;
     asm("{\n"
@@ -102,22 +65,6 @@ __device__ __forceinline__ float2 unpack(u32 both) {
         UNPACK " %1, high;\n"
         "}" : "=f"(pair.x), "=f"(pair.y) : "r"(both));
     return pair;
-}
-
-// One step of a transposition: lanes that differ in `bit` exchange the half that belongs to the other.
-__device__ __forceinline__ void exchange(u32& first, u32& second, int lane, int bit) {
-    const bool upper = lane & bit;
-    const u32 got = __shfl_xor_sync(0xFFFFFFFF, upper ? first : second, bit);
-    first = upper ? got : first;
-    second = upper ? second : got;
-}
-
-// Transpose 4 x 4 among four lanes, every lane of the warp taking part: lane q's v[i] becomes lane i's v[q].
-__device__ __forceinline__ void transpose(u32 (&v)[4], int lane) {
-    exchange(v[0], v[1], lane, 1);
-    exchange(v[2], v[3], lane, 1);
-    exchange(v[0], v[2], lane, 2);
-    exchange(v[1], v[3], lane, 2);
 }
 
 struct Tile {

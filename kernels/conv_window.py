@@ -17,27 +17,32 @@ import ctypes
 import os
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wanrt_kernels import nvrtc
+from wanrt_kernels.hopper import (
+    ARCHITECTURE,
+    SHARED_BYTES,
+    TYPES,
+    operands,
+    registers,
+    source,
+    tensor_map,
+    unsupported_device,
+)
 
 SWITCH = "WANRT_HOPPER_CONV"  # 0: off, to compare, or for a device that hangs: this kernel waits for the copy engine
-ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
-TYPES = {torch.float16: ("f16", 6), torch.bfloat16: ("bf16", 9)}  # PTX's name, CUtensorMapDataType
 CHUNK, TILE_HEIGHT, THREADS = 32, 8, 384  # channels of a step, rows of a tile, threads of a block
 # Channels to pad a picture's three to: a pixel is 16 bytes then, the least that the copy engine steps by. It fills up
 # to CHUNK; with CHUNK itself here nothing is left to it.
 PIXEL_CHANNELS = 8
-SHARED_BYTES = 232448  # 227 KiB, all that a block of this architecture may have
 SLACK_BYTES = 1024 + 256  # for alignment, and for the barriers
 # (pixels, outputs) of a tile: what a product costs in it, relative: small ones read more of the L2 cache for each. From
 # the times of every tile on an H100 (PyTorch 2.11, fp16) in the nine shapes of tests/kernels/test_conv_window.py.
 TILES = {(256, 192): 1.0, (128, 192): 1.17, (256, 96): 0.97, (128, 96): 1.4}
-SWIZZLE, L2_PROMOTION = 2, 3  # CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 
 
 def conv_window_ref(
@@ -102,23 +107,19 @@ class ConvConfig:
         """The kernel's CUDA C++ with this form's numbers in front."""
         numbers = {
             "CHANNELS": self.channels, "OUTPUTS": self.outputs, "TAPS": self.taps, "BM": self.pixels,
-            "BN": self.columns, "STAGES": self.stages, "PACK": f'"cvt.rn.{self.kind}x2.f32"',
-            "UNPACK": f'"cvt.f32.{self.kind}"',
+            "BN": self.columns, "STAGES": self.stages, "UNPACK": f'"cvt.f32.{self.kind}"',
         }  # fmt: skip
-        defines = "".join(f"#define {name} {value}\n" for name, value in numbers.items())
-        kernel = Path(__file__).with_suffix(".cu").read_text(encoding="utf-8")
-        return defines + wgmma_source(self.columns, self.kind) + kernel
+        return source("conv_window.cu", self.kind, numbers, wgmma_source(self.columns, self.kind))
 
 
 def wgmma_source(columns: int, kind: str) -> str:
     """`wgmma(sums, a, b)`: 64 x `columns` sums += 64 x 16 times 16 x `columns`, both operands in shared memory."""
     count = columns // 2  # sums a thread
-    registers = ", ".join(f"%{i}" for i in range(count))
-    operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     return f"""__device__ __forceinline__ void wgmma(
     float (&d)[{count}], unsigned long long a, unsigned long long b) {{
     asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} "
-                 "{{{registers}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;" : {operands} : "l"(a), "l"(b));
+                 "{{{registers(count)}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;"
+                 : {operands("d", count)} : "l"(a), "l"(b));
 }}
 """
 
@@ -155,20 +156,11 @@ def why_not(device: torch.device, channels: int, outputs: int, dtype: torch.dtyp
 
 def unsupported(device: torch.device, channels: int, outputs: int, dtype: torch.dtype) -> str | None:
     """Why this kernel cannot run a convolution, in a few words; None: it can."""
-    if device.type != "cuda":
-        return f"{device} is not a CUDA device"
-    if torch.cuda.get_device_capability(device) != CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} is not a Hopper GPU"
-    if dtype not in TYPES:
-        return f"{dtype} is not a half precision"
-    if not forms(channels, outputs, TYPES[dtype][0]):
-        return f"no form for {channels} channels to {outputs}"
-    try:
-        nvrtc.nvrtc()
-        nvrtc.driver()
-    except nvrtc.NvrtcError as error:
-        return str(error)
-    return None
+    if reason := unsupported_device(device, dtype):
+        return reason
+    return (
+        None if forms(channels, outputs, TYPES[dtype][0]) else f"no form for {channels} channels to {outputs}"
+    )
 
 
 def conv_window(
@@ -233,8 +225,12 @@ def launch(
     with torch.cuda.device(window.device):
         arguments = (
             # column after column: a column of pixels is a group of matrix rows
-            tensor_map(window.transpose(1, 2), (CHUNK, TILE_HEIGHT, form.tile_width + 2, 1), code),
-            tensor_map(weight.unflatten(1, (-1, form.channels)), (CHUNK, 1, form.columns), code),
+            tensor_map(
+                window.transpose(1, 2), (CHUNK, TILE_HEIGHT, form.tile_width + 2, 1), code, swizzle=2 * CHUNK
+            ),
+            tensor_map(
+                weight.unflatten(1, (-1, form.channels)), (CHUNK, 1, form.columns), code, swizzle=2 * CHUNK
+            ),
             *(_address(x) for x in (out, bias, residual)),
             *(ctypes.c_int(value) for value in (turns, across, down, height, width, first, last)),
         )
@@ -289,21 +285,3 @@ def _check_more(window: Tensor, weight: Tensor, bias: Tensor | None, residual: T
 def _function(form: ConvConfig, device: int) -> nvrtc.Function:
     """Compiled and loaded once a form and device, in about half a second."""
     return nvrtc.Function(nvrtc.compile_cubin(form.source(), ARCHITECTURE), "conv_window", SHARED_BYTES)
-
-
-def tensor_map(x: Tensor, box: tuple[int, ...], code: int) -> ctypes.Array:
-    """The copy engine's description (CUtensorMap, 128 bytes) of a tensor whose last axis is contiguous, read in boxes.
-
-    box: its sizes, innermost axis first. Outside the tensor it reads zeros. code: CUtensorMapDataType.
-    """
-    rank = x.dim()
-    sizes = (ctypes.c_uint64 * rank)(*reversed(x.shape))
-    strides = (ctypes.c_uint64 * (rank - 1))(*(s * x.element_size() for s in reversed(x.stride()[:-1])))
-    boxes, steps = (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*(1,) * rank)
-    room = (ctypes.c_char * 192)()  # the description must begin at a multiple of 64
-    described = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)
-    layout = (sizes, strides, boxes, steps)
-    address = ctypes.c_void_p(x.data_ptr())
-    encode = nvrtc.driver().cuTensorMapEncodeTiled
-    nvrtc.check(encode(ctypes.byref(described), code, rank, address, *layout, 0, SWIZZLE, L2_PROMOTION, 0))
-    return described

@@ -1,4 +1,4 @@
-// What kernels for Hopper share: barriers in shared memory, waiting for the copy engine, and stores of a warp's tile.
+// What kernels for Hopper share: barriers in shared memory, to wait for the copy engine, and the order of a tile's stores.
 //
 // Given by the host: PACK, PTX that rounds two floats to a pair of halves.
 

@@ -301,7 +301,7 @@ def test_the_copy_engine_gets_sizes_innermost_first(monkeypatch):
 
     monkeypatch.setattr(nvrtc, "driver", Driver)
     window = torch.zeros(4, 5, 6, 96, dtype=torch.float16)
-    described = module.tensor_map(window.transpose(1, 2), (32, 8, 34, 1), 6)
+    described = module.tensor_map(window.transpose(1, 2), (32, 8, 34, 1), 6, swizzle=64)
     assert ctypes.addressof(described) % 64 == 0
     strides = [6 * 96 * 2, 96 * 2, 5 * 6 * 96 * 2]
     assert seen == [(6, 4, [96, 5, 6, 4], strides, [32, 8, 34, 1], [1, 1, 1, 1], (0, 2, 3, 0))]
