@@ -138,6 +138,8 @@ if triton is not None:
         bias = 0.0
         if BIASED:
             bias = tl.load(bias_ptr).to(tl.float32) * 1.4426950408889634  # log2(e)
+        if COUNTED:
+            bias = tl.load(last_bias_ptr + batch) * 1.4426950408889634
         slot = tl.arange(0, BLOCK_K)
 
         # Whole blocks: those of the biased keys, then those of the others, which begin at key `biased`.
@@ -145,9 +147,7 @@ if triton is not None:
         whole = first + (keys - biased) // BLOCK_K
         if COUNTED:
             keys = tl.load(count_ptr + batch)
-            whole = (
-                keys - 1
-            ) // BLOCK_K  # the last key has a bias: it is left for the block that looks at each
+            whole = (keys - 1) // BLOCK_K  # the last key has a bias: it goes to the block that looks at each
         for block in range(whole):
             start = (block * BLOCK_K + tl.where(block < first, 0, biased % BLOCK_K)).to(tl.int64)
             k = _rows(k_ptr + start * k_token, slot, None, k_token, D, BLOCK_D)
@@ -167,9 +167,7 @@ if triton is not None:
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             extra = tl.where(place < ends, bias / SCALE, 0.0)
             if COUNTED:
-                extra = tl.where(
-                    place == left - 1, tl.load(last_bias_ptr + batch) * 1.4426950408889634 / SCALE, 0.0
-                )
+                extra = tl.where(place == left - 1, bias / SCALE, 0.0)
             scores += tl.where(place < left, extra, float("-inf"))[None, :]
             sums, weight, top = _absorb(sums, weight, top, scores, v, 0.0, SCALE, PRECISION)
 
