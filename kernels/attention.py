@@ -6,6 +6,9 @@ taken in blocks that are biased throughout or not at all: the bias of such a blo
 maximum that each row subtracts anyway. What is left at the end of the biased keys and of the others shares the last
 block, the only one that looks at keys one by one.
 
+Or with a bias on the last key alone, of a number of keys that is read on the device: a padded text's. Its padding is
+one key and one value many times over, and m equal keys weigh as much as one with log(m) added to its score.
+
 Shapes: B batch, Tq queries, Tk keys, H heads, D head_dim.
 """
 
@@ -62,13 +65,29 @@ CONFIGS = {
 FP32 = AttentionConfig(queries=32, keys=32, warps=8, stages=1)
 
 
-def attention_ref(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, keys: int = 0) -> Tensor:
+def attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    keys: int = 0,
+    count: Tensor | None = None,
+    last_bias: Tensor | None = None,
+) -> Tensor:
     """Compute what `attention` computes, in plain PyTorch with all scores in fp32."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
     if bias is not None:
         scores = torch.cat((scores[..., :keys] + bias.float(), scores[..., keys:]), dim=-1)
+    if count is not None and last_bias is not None:
+        scores = scores + _count_mask(count, last_bias, k.shape[2])[:, None, None]
     return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).contiguous()
+
+
+def _count_mask(count: Tensor, last_bias: Tensor, keys: int) -> Tensor:
+    """[B, Tk]: 0, then `last_bias` for the last of `count` keys, then -inf."""
+    behind = torch.arange(keys, device=count.device) - (count[:, None] - 1)  # how far behind the last key
+    return torch.where(behind == 0, last_bias.float()[:, None], 0.0).masked_fill(behind > 0, -math.inf)
 
 
 if triton is not None:
@@ -101,11 +120,11 @@ if triton is not None:
 
     @triton.jit
     def _attention_kernel(
-        q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, heads, queries, keys, biased,
+        q_ptr, k_ptr, v_ptr, bias_ptr, count_ptr, last_bias_ptr, out_ptr, heads, queries, keys, biased,
         q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
         SCALE: tl.constexpr,  # log2(e) / sqrt(D); as an argument, torch.compile would make it, and all it meets, fp64
         D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-        BIASED: tl.constexpr, PRECISION: tl.constexpr,
+        BIASED: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
         q_ptr += batch * q_batch + head * q_head
@@ -119,11 +138,16 @@ if triton is not None:
         bias = 0.0
         if BIASED:
             bias = tl.load(bias_ptr).to(tl.float32) * 1.4426950408889634  # log2(e)
+        if COUNTED:
+            bias = tl.load(last_bias_ptr + batch) * 1.4426950408889634
         slot = tl.arange(0, BLOCK_K)
 
         # Whole blocks: those of the biased keys, then those of the others, which begin at key `biased`.
         first = biased // BLOCK_K
         whole = first + (keys - biased) // BLOCK_K
+        if COUNTED:
+            keys = tl.load(count_ptr + batch)
+            whole = (keys - 1) // BLOCK_K  # the last key has a bias: it goes to the block that looks at each
         for block in range(whole):
             start = (block * BLOCK_K + tl.where(block < first, 0, biased % BLOCK_K)).to(tl.int64)
             k = _rows(k_ptr + start * k_token, slot, None, k_token, D, BLOCK_D)
@@ -141,9 +165,10 @@ if triton is not None:
             k = _rows(k_ptr, key, place < left, k_token, D, BLOCK_D)
             v = _rows(v_ptr, key, place < left, v_token, D, BLOCK_D)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            scores += tl.where(place < left, tl.where(place < ends, bias / SCALE, 0.0), float("-inf"))[
-                None, :
-            ]
+            extra = tl.where(place < ends, bias / SCALE, 0.0)
+            if COUNTED:
+                extra = tl.where(place == left - 1, bias / SCALE, 0.0)
+            scores += tl.where(place < left, extra, float("-inf"))[None, :]
             sums, weight, top = _absorb(sums, weight, top, scores, v, 0.0, SCALE, PRECISION)
 
         channel = tl.arange(0, BLOCK_D)
@@ -152,8 +177,16 @@ if triton is not None:
         tl.store(out, (sums / weight[:, None]).to(out_ptr.dtype.element_ty), mask)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, keys: int = 0) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias of the first `keys` keys) v.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    keys: int = 0,
+    count: Tensor | None = None,
+    last_bias: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias of the first `keys` keys) v; or, of `count` keys only, + that of the last.
 
     Triton on CUDA; `attention_ref` elsewhere.
 
@@ -162,6 +195,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, keys:
         k, v: [B, Tk, H, D], D contiguous, Tk > 0, in q's dtype.
         bias: 0-dim, finite, added to the scores of the first `keys` keys; read on the device. None: nothing is.
         keys: how many.
+        count: int32 [B], each 1 to Tk, read on the device: how many keys to attend to. Not with `bias`. None: all.
+        last_bias: fp32 [B], with `count`: finite, added to the scores of the last key attended to.
 
     Returns:
         [B, Tq, H, D], contiguous, in q's dtype; sums and softmax in fp32.
@@ -170,13 +205,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, keys:
         ValueError: shapes, layout or dtypes that do not fit, with what was got and expected.
     """
     _check(q, k, v, bias, keys)
+    _check_count(q, bias, count, last_bias)
     if q.is_cuda and triton is not None:
-        return launch(q, k, v, bias, keys)
-    return attention_ref(q, k, v, bias, keys)
+        return launch(q, k, v, bias, keys, count=count, last_bias=last_bias)
+    return attention_ref(q, k, v, bias, keys, count, last_bias)
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keys: int, config: AttentionConfig | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    keys: int = 0,
+    config: AttentionConfig | None = None,
+    *,
+    count: Tensor | None = None,
+    last_bias: Tensor | None = None,
 ) -> Tensor:
     """Launch the Triton kernel; arguments as for `attention`, which has checked them. config: None: the table's."""
     batch, queries, heads, head_dim = q.shape
@@ -184,11 +228,12 @@ def launch(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Batches and heads along the second axis: programs that run at the same time share a head's keys in the L2 cache.
     _attention_kernel[(triton.cdiv(queries, config.queries), batch * heads)](
-        q, k, v, bias, out, heads, queries, k.shape[1], 0 if bias is None else keys,
+        q, k, v, bias, count, last_bias, out, heads, queries, k.shape[1], 0 if bias is None else keys,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         SCALE=math.log2(math.e) * head_dim**-0.5, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_Q=config.queries, BLOCK_K=config.keys,
-        BIASED=bias is not None, PRECISION="ieee", num_warps=config.warps, num_stages=config.stages,
+        BIASED=bias is not None, COUNTED=count is not None, PRECISION="ieee",
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
 
@@ -221,3 +266,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keys: int) -> N
         raise ValueError(
             f"bias: got shape {tuple(bias.shape)} for {keys} keys; expected a 0-dim tensor, 0 to {k.shape[1]} keys"
         )
+
+
+def _check_count(q: Tensor, bias: Tensor | None, count: Tensor | None, last_bias: Tensor | None) -> None:
+    if count is None and last_bias is None:
+        return
+    if count is None or last_bias is None or bias is not None:
+        raise ValueError("count, last_bias: got one of them, or a bias too; expected both, and no bias")
+    for name, x, dtype in (("count", count, torch.int32), ("last_bias", last_bias, torch.float32)):
+        if x.shape != q.shape[:1] or x.dtype != dtype or x.device != q.device or not x.is_contiguous():
+            raise ValueError(
+                f"{name}: got {x.dtype} {tuple(x.shape)}, strides {x.stride()}, on {x.device}; "
+                f"expected contiguous {dtype} {tuple(q.shape[:1])} on {q.device}"
+            )

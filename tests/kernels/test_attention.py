@@ -73,6 +73,80 @@ def test_interpreted_kernel_without_bias(case):
     torch.testing.assert_close(launch(q, k, v, None, 0).double(), oracle(q, k, v, 0.0, 0), rtol=0, atol=2e-6)
 
 
+def make_text(counts, keys, dtype, device, queries=33, heads=2, dim=48):
+    """A text of `counts` keys a batch entry, the last of each repeated to `keys`, as q, k, v, count and last_bias."""
+    case = (len(counts), queries, keys, heads, dim, 0)
+    q, k, v = make(case, dtype, device)
+    for entry, count in enumerate(counts):
+        for x in (k, v):
+            x[entry, count:] = x[entry, count - 1]
+    count = torch.tensor(counts, dtype=torch.int32, device=device)
+    return q, k, v, count, (keys + 1 - count).float().log()
+
+
+def compare_text(q, k, v, count, last_bias, config=None):
+    """Against fp64 over all keys; what lies behind `count` is NaN for the kernel, which must not read it."""
+    want = oracle(q, k, v, 0.0, 0)
+    k, v = k.clone(), v.clone()
+    for entry, own in enumerate(count.tolist()):
+        k[entry, own:], v[entry, own:] = torch.nan, torch.nan
+    got = launch(q, k, v, count=count, last_bias=last_bias, config=config)
+    assert (got.double() - want).abs().max() <= TOLERANCE[q.dtype] * max(1, want.abs().max())
+
+
+# around the blocks of 32 and 64 keys
+COUNTS = [(1, 2), (2, 70), (70, 1), (31, 32), (33, 64), (65, 69)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real kernel is tested instead")
+def test_interpreted_kernel_takes_one_key_for_all_padding(counts, dtype):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    compare_text(*make_text(counts, 70, dtype, "cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real kernel is tested instead")
+def test_interpreted_kernel_takes_one_key_for_all_padding_in_other_tiles():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    compare_text(*make_text((16, 49), 70, torch.float32, "cpu"), AttentionConfig(16, 16, 4, 1))
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_reference_takes_one_key_for_all_padding(counts):
+    q, k, v, count, last_bias = make_text(counts, 70, torch.float32, "cpu")
+    got = attention(q, k, v, count=count, last_bias=last_bias)
+    torch.testing.assert_close(got.double(), oracle(q, k, v, 0.0, 0), rtol=0, atol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("counts", COUNTS)
+def test_kernel_takes_one_key_for_all_padding(counts, dtype):
+    compare_text(*make_text(counts, 70, dtype, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", [(1,), (25,), (101,), (128,), (129,), (511,), (512,)])
+def test_kernel_takes_one_key_for_all_padding_of_a_prompt(counts):
+    compare_text(*make_text(counts, 512, torch.bfloat16, "cuda", queries=2160, heads=40, dim=128))
+
+
+@pytest.mark.gpu
+def test_count_is_read_on_the_device():
+    """A captured graph sees the count and the bias that their tensors hold when it runs."""
+    q, k, v, count, last_bias = make_text((5, 70), 70, torch.float16, "cuda")
+    attention(q, k, v, count=count, last_bias=last_bias)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(q, k, v, count=count, last_bias=last_bias)
+    _, k2, v2, count2, last_bias2 = make_text((66, 2), 70, torch.float16, "cuda")
+    for mine, theirs in zip((k, v, count, last_bias), (k2, v2, count2, last_bias2), strict=True):
+        mine.copy_(theirs)
+    graph.replay()
+    assert torch.equal(out, attention(q, k2, v2, count=count2, last_bias=last_bias2))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("case", [*CASES, *REAL])
@@ -102,6 +176,14 @@ def test_kernel_compiles_into_one_graph(biased):
     q, k, v = make(REAL[2], torch.bfloat16, "cuda")
     rest = (torch.tensor(0.3, device="cuda").log(), 333) if biased else ()
     assert torch.equal(torch.compile(attention, fullgraph=True)(q, k, v, *rest), attention(q, k, v, *rest))
+
+
+@pytest.mark.gpu
+def test_kernel_with_a_count_compiles_into_one_graph():
+    q, k, v, count, last_bias = make_text((5, 70), 70, torch.bfloat16, "cuda")
+    compiled = torch.compile(attention, fullgraph=True)
+    got = compiled(q, k, v, count=count, last_bias=last_bias)
+    assert torch.equal(got, attention(q, k, v, count=count, last_bias=last_bias))
 
 
 @pytest.mark.gpu
@@ -152,3 +234,14 @@ def test_what_does_not_fit_is_refused():
         attention(q, k, v, bias[None], 1)
     with pytest.raises(ValueError, match=r"for 10 keys; expected a 0-dim tensor, 0 to 9 keys"):
         attention(q, k, v, bias, 10)
+    count = torch.ones(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="expected both, and no bias"):
+        attention(q, k, v, count=count)
+    with pytest.raises(ValueError, match="expected both, and no bias"):
+        attention(q, k, v, bias, 1, count, torch.zeros(2))
+    with pytest.raises(
+        ValueError, match=r"count: got torch.int64 \(2,\).*; expected contiguous torch.int32 \(2,\)"
+    ):
+        attention(q, k, v, count=count.long(), last_bias=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"last_bias: got torch.float32 \(1,\)"):
+        attention(q, k, v, count=count, last_bias=torch.zeros(1))

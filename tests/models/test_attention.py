@@ -8,7 +8,19 @@ import pytest
 import torch
 
 from wanrt.models import attention, flash4
-from wanrt.models.attention import AttentionBackend, Default, KeyBias, attend, choices, choose, why_not
+from wanrt.models.attention import (
+    AttentionBackend,
+    Default,
+    KeyBias,
+    TextSpan,
+    attend,
+    attend_text,
+    choices,
+    choices_for_text,
+    choose,
+    choose_for_text,
+    why_not,
+)
 from wanrt.script.job import ATTENTIONS
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -145,6 +157,51 @@ def test_table_may_go_by_rows_and_bias(monkeypatch):
     assert chosen(1001, True) is chosen(1000, False) is AttentionBackend.HOPPER
     both = choices(AttentionBackend.AUTO, CUDA, torch.bfloat16, 128, biased=True)
     assert both == (AttentionBackend.TRITON, AttentionBackend.HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "chosen"),
+    [
+        (9, torch.bfloat16, 128, AttentionBackend.TRITON),
+        (8, torch.float16, 64, AttentionBackend.TRITON),
+        (9, torch.bfloat16, 40, AttentionBackend.CUDNN),  # not a multiple of 16
+        (9, torch.float32, 128, AttentionBackend.SDPA),
+        (7, torch.float16, 128, AttentionBackend.SDPA),
+    ],
+)
+def test_auto_for_a_text_is_who_takes_its_span(monkeypatch, capability, dtype, head_dim, chosen):
+    monkeypatch.setattr(attention, "_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "HAVE_TRITON", True)
+    assert choices_for_text(AttentionBackend.AUTO, CUDA, dtype, head_dim) == (chosen,)
+    forced = choose_for_text(AttentionBackend.FLASH, CUDA, dtype, head_dim, rows=100)
+    assert forced is AttentionBackend.FLASH
+
+
+def test_auto_for_a_text_without_triton_is_who_attends_to_video(monkeypatch):
+    monkeypatch.setattr(attention, "_capability", lambda device: 9)
+    monkeypatch.setattr(attention, "HAVE_TRITON", False)
+    assert choices_for_text(AttentionBackend.AUTO, CUDA, torch.bfloat16, 128) == (AttentionBackend.CUDNN,)
+
+
+def test_text_costs_its_own_keys_and_one_for_its_padding():
+    """Whatever lies behind the first key of the padding is not attended to by who takes a span, only by others."""
+    embeddings = torch.zeros(2, 9, 4)
+    embeddings[0, :3], embeddings[1, :7] = 1.0, -1.0
+    embeddings[1, 2] = 0.0  # a zero between tokens is a token
+    span = TextSpan.of(embeddings)
+    assert span.count.tolist() == [4, 8]
+    torch.testing.assert_close(span.last_bias, torch.tensor([6.0, 2.0]).log())
+    q, k, v = draw_qkv(torch.float32, 5, 9)
+    for entry, count in enumerate((4, 8)):
+        for x in (k, v):
+            x[entry, count:] = x[entry, count - 1]
+    expected = softmax_attention(q, k, v)
+    for backend in (AttentionBackend.TRITON, AttentionBackend.AUTO, AttentionBackend.MATH):
+        got = attend_text(q, k, v, span, backend=backend)
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-6)
+    k[0, 4:], k[1, 8:] = 3.0, 3.0
+    got = attend_text(q, k, v, span, backend=AttentionBackend.TRITON)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(

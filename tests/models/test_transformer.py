@@ -316,11 +316,38 @@ def test_forward_train_reaches_every_parameter(make_transformer):
 
 def test_text_kv_copy_keeps_addresses(make_transformer):
     model = make_transformer()
-    a, b = (model.embed_text(Stream(seed=s).text) for s in (1, 2))
-    addresses = [x.data_ptr() for x in a.keys + a.values]
+    a = model.embed_text(Stream(seed=1).text)
+    b = model.embed_text(torch.cat((Stream(seed=2).text, torch.ones(1, 2, 20)), dim=1))
+
+    def tensors(text):
+        return text.keys + text.values + (text.span.count, text.span.last_bias)
+
+    addresses = [x.data_ptr() for x in tensors(a)]
     assert isinstance(a.copy_(b), TextKV)
-    assert [x.data_ptr() for x in a.keys + a.values] == addresses
-    assert all(torch.equal(x, y) for x, y in zip(a.keys + a.values, b.keys + b.values, strict=True))
+    assert [x.data_ptr() for x in tensors(a)] == addresses
+    assert all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 11, 12])
+def test_one_key_stands_for_all_padding(make_transformer, make_cache, tokens):
+    """A prompt's own keys and one more give what all `text_len` keys give, and what the oracle gives."""
+    model = make_transformer(dim=96, num_heads=3, text_len=12)
+    stream, embeddings = Stream(batch=2), draw((2, 12, 20), 7)
+    embeddings[0, tokens:] = 0  # beside a full prompt
+    text = model.embed_text(embeddings)
+    assert text.span.count.tolist() == [min(tokens + 1, 12), 12]
+    stands_for = torch.tensor([max(12 - tokens, 1), 1])
+    torch.testing.assert_close(text.span.last_bias.exp(), stands_for.float())
+
+    def velocity(backend):
+        model.attention = backend
+        latents, times = stream.latents(3, 1), stream.times(3, 2)
+        return model(latents, times, text, make_cache(model, batch=2), pass_=Pass.DENOISE)
+
+    expected = Oracle(model).masked(stream.latents(3, 1), stream.times(3, 2), embeddings, torch.zeros(3, 3))
+    short, padded = velocity(AttentionBackend.TRITON), velocity(AttentionBackend.SDPA)
+    assert_close(short, expected)
+    assert_close(short, padded.double(), 1e-5)
 
 
 def test_unused_slots_are_never_attended(make_transformer, make_cache):
@@ -370,13 +397,13 @@ def test_wrong_shapes_are_refused(make_transformer, make_cache):
 def test_paths_say_what_runs_and_why(make_transformer):
     model = make_transformer()
     assert model.paths() == (
-        "transformer: attention by sdpa (chosen for cpu, float32, heads of 20), KV bias by an additive mask; "
-        "plain PyTorch between products"
+        "transformer: attention by sdpa (chosen for cpu, float32, heads of 20), KV bias by an additive mask, "
+        "to the prompt by sdpa (all of its padding); plain PyTorch between products"
     )
     model.attention = AttentionBackend.MATH
     assert "attention by math (forced" in model.paths()
     model.attention = AttentionBackend.TRITON
-    assert "KV bias by the same call" in model.paths()
+    assert "KV bias by the same call, to the prompt by triton (one key for its padding)" in model.paths()
 
 
 def test_model_holds_no_stream_state(make_transformer, make_cache):

@@ -30,7 +30,7 @@ class Passes:
         self.clean = model.embed_time(torch.zeros(1, 3, device=self.device))
         self.less_noisy = model.embed_time(torch.tensor([[600.0, 200.0, 10.0]], device=self.device))
         self.bias = torch.tensor(0.3).log().to(self.device)
-        self.prompts = [draw(1, 5, 20, seed=s, device=self.device) for s in (3, 4)]
+        self.prompts = [draw(1, length, 20, seed=length, device=self.device) for length in (3, 5)]
         self.text = model.embed_text(self.prompts[0])
 
     def run(self, plan, biased=True):

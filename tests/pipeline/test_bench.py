@@ -76,6 +76,7 @@ def test_a_run(job):
     assert got.mesh.p50_ms > 0
     assert got.period.p50_ms > got.anchor_path.p50_ms > 0  # of the one pair of chunks: a part and the whole
     assert got.memory_bytes is None
+    assert got.prompt_tokens == 32  # as many as wan-tiny takes
 
 
 @pytest.mark.parametrize(("chunks", "warm_up"), [(1, 3), (8, 0)])
@@ -156,6 +157,18 @@ def test_a_report_of_an_older_file_has_no_startup(job):
     assert BenchReport.read(document).startup == {"VAE": 1.5}
     del document["startup"]
     assert BenchReport.read(document).startup == {}
+
+
+def test_a_report_says_how_long_its_prompt_was(job):
+    spans = {chunk: seed_chunk(chunk, 955 * chunk) for chunk in range(3, 9)}
+    known, other = (report(job, spans, 3, (1.0, 2.0), None, Tuning(), None, tokens) for tokens in (128, None))
+    document = known.document()
+    assert document["prompt_tokens"] == 128
+    assert BenchReport.read(document).prompt_tokens == 128
+    assert "ms; prompt of 128 tokens; not included: text encoding" in table([known, other])
+    assert "ms; not included: text encoding" in table([other])
+    del document["prompt_tokens"]  # a file of an older version
+    assert BenchReport.read(document).prompt_tokens is None
 
 
 def test_spans_of_other_chunks_are_left_out():

@@ -41,7 +41,7 @@ def models(job):
     torch.manual_seed(0)
     transformer = WanTransformer(job.preset.transformer_config()).eval().requires_grad_(False)
     vae = WanVae(job.preset.vae_config()).eval().requires_grad_(False)
-    return Stage0Models(vae, lambda prompt: hashed_embedding(32, CPU, prompt)), transformer
+    return Stage0Models(vae, lambda prompt: hashed_embedding(24, 32, CPU, prompt)), transformer
 
 
 @pytest.fixture(scope="module")

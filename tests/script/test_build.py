@@ -172,6 +172,7 @@ def test_starts_against_exact_sums(lengths, fps):
         ('preset = ""', 1, "preset: got"),
         ('prompt = "x"', 1, "prompt: belongs to a scene: write it below [[scene]]"),
         ('topology = "tp=2"', 1, "topology: not a key of the file: use the flag --topology"),
+        ('attention = "cudnn"', 1, "attention: not a key of the file: use the flag --attention"),
         ('preset = "self-forcing-1.3b"\nanchor = "latent"', 2, "keeps a rolling cache and has no anchor"),
         ('preset = "longlive-1.3b"\nbias = 0.3', 2, "takes no KV attention bias"),
         ('preset = "longlive-1.3b"\nwindow = 3', 2, "expected 4 to 9 latent frames"),

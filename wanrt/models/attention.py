@@ -1,4 +1,4 @@
-"""Attention of video tokens, with an optional scalar bias on a leading run of keys.
+"""Attention of video tokens: to video, with an optional scalar bias on a leading run of keys, and to a padded text.
 
 Shapes: B batch, T tokens, H heads, D head_dim. Queries `[B, Tq, H, D]`, keys and values `[B, Tk, H, D]`;
 the views that scaled_dot_product_attention wants are made here without copies.
@@ -6,6 +6,10 @@ the views that scaled_dot_product_attention wants are made here without copies.
 The cache keeps the biased keys in front of all others (see `kv_cache.py`), so that the biased and the
 unbiased keys are one contiguous range each: two plain attention calls can be merged by their log-sum-exp, and a kernel
 of wanrt's own needs no mask.
+
+A text is padded to a fixed length, and every key of the padding is the same, as is every value. Softmax over m equal
+keys is softmax over one of them with log(m) added to its score, so a text costs its own keys and one for its padding,
+where a kernel can bound its keys by a number on the device (`TextSpan`).
 """
 
 from __future__ import annotations
@@ -50,10 +54,15 @@ class AttentionBackend(StrEnum):
         own = self in (AttentionBackend.HOPPER, AttentionBackend.TRITON)
         return "the same call" if own else "two calls merged"
 
+    @property
+    def takes_span(self) -> bool:
+        """Whether it attends to a text's `TextSpan` instead of to all of its padding."""
+        return self is AttentionBackend.TRITON
+
 
 @dataclass(frozen=True)
 class Default:
-    """A line of `CUDA_DEFAULTS`.
+    """A line of `CUDA_DEFAULTS` or `TEXT_DEFAULTS`.
 
     Attributes:
         backend: what AUTO takes, if it is installed.
@@ -101,6 +110,12 @@ CUDA_DEFAULTS = (
     Default(AttentionBackend.FLASH, range(8, sys.maxsize)),
 )
 
+# As `CUDA_DEFAULTS`, for attention to a text: who takes a span. Where no line fits, AUTO takes who attends to video,
+# and all of the padding. So it does on a CPU: wan-tiny has but 32 keys, and torch's kernel for CPUs is fast for
+# multiples of 16 only. Its 336 queries take 0.24 ms with all keys, 0.64 with 13 and a mask, and 0.17 with 16 and a
+# mask, which would be 0.2 % of the passes of a chunk.
+TEXT_DEFAULTS = (Default(AttentionBackend.TRITON, range(8, sys.maxsize)),)
+
 
 @dataclass(frozen=True)
 class KeyBias:
@@ -114,6 +129,36 @@ class KeyBias:
 
     value: Tensor
     keys: int
+
+
+@dataclass(frozen=True)
+class TextSpan:
+    """How much of a padded text to attend to: its own keys, and one key of the padding for all of them.
+
+    Both are read on the device only: changing them in place neither recompiles nor re-captures.
+
+    Attributes:
+        count: `[B]` int32, how many leading keys: tokens + 1, or all where nothing is padded.
+        last_bias: `[B]` fp32, log of how many keys the last of these stands for.
+    """
+
+    count: Tensor
+    last_bias: Tensor
+
+    @classmethod
+    def of(cls, embeddings: Tensor) -> TextSpan:
+        """Of padded embeddings `[B, text_len, text_dim]`, zero after the last token. Waits for no device."""
+        text_len = embeddings.shape[1]
+        ends = torch.arange(1, text_len + 1, dtype=torch.int32, device=embeddings.device)
+        tokens = (embeddings.ne(0).any(-1) * ends).amax(1)
+        count = (tokens + 1).clamp(max=text_len)
+        return cls(count, (text_len + 1 - count).float().log())
+
+    def copy_(self, other: TextSpan) -> TextSpan:
+        """Overwrite in place, so that captured graphs see another text at the old addresses."""
+        self.count.copy_(other.count)
+        self.last_bias.copy_(other.last_bias)
+        return self
 
 
 def why_not(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -179,14 +224,40 @@ def choices(
     backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int, *, biased: bool
 ) -> tuple[AttentionBackend, ...]:
     """All that `choose` may say there, for any number of rows."""
-    edges = {edge for line in CUDA_DEFAULTS for edge in (line.fewest_rows, line.most_rows + 1)}
-    ends = sorted(edge for edge in edges | {0} if edge <= sys.maxsize)
-    found = (choose(backend, device, dtype, head_dim, rows=rows, biased=biased) for rows in ends)
+    found = (choose(backend, device, dtype, head_dim, rows=rows, biased=biased) for rows in _edges())
     return tuple(dict.fromkeys(found))
 
 
+def choose_for_text(
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int, *, rows: int
+) -> AttentionBackend:
+    """As `choose`, for attention to a text."""
+    if backend is AttentionBackend.AUTO and _has_defaults(device, dtype, head_dim):
+        capability = _capability(device)
+        for line in TEXT_DEFAULTS:
+            runs = line.backend is not AttentionBackend.TRITON or _why_no_triton(head_dim) is None
+            if runs and line.fits(capability, rows, biased=False):
+                return line.backend
+    return choose(backend, device, dtype, head_dim, rows=rows, biased=False)
+
+
+def choices_for_text(
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> tuple[AttentionBackend, ...]:
+    """All that `choose_for_text` may say there, for any number of rows."""
+    found = (choose_for_text(backend, device, dtype, head_dim, rows=rows) for rows in _edges())
+    return tuple(dict.fromkeys(found))
+
+
+def _edges() -> list[int]:
+    """The numbers of rows from which on another line may fit."""
+    lines = CUDA_DEFAULTS + TEXT_DEFAULTS
+    edges = {edge for line in lines for edge in (line.fewest_rows, line.most_rows + 1)}
+    return sorted(edge for edge in edges | {0} if edge <= sys.maxsize)
+
+
 def _has_defaults(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether `CUDA_DEFAULTS` speaks of such a call."""
+    """Whether the tables of defaults speak of such a call."""
     half = dtype is not torch.float32
     return device.type == "cuda" and half and head_dim <= LARGEST_HEAD and head_dim % 8 == 0
 
@@ -224,6 +295,27 @@ def attend(
     if bias is None:
         return _attend_lse(q, k, v, backend)[0].transpose(1, 2)
     return _attend_merged(q, k, v, bias, backend)
+
+
+def attend_text(
+    q: Tensor, k: Tensor, v: Tensor, span: TextSpan, *, backend: AttentionBackend = AttentionBackend.AUTO
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over all keys of a padded text, by its `span` where the backend takes one.
+
+    Args:
+        q: `[B, Tq, H, D]`.
+        k, v: `[B, text_len, H, D]`, same dtype as `q`, padding included; all padding is alike.
+        span: of this text.
+        backend: who computes it; AUTO: by `choose_for_text`.
+
+    Returns:
+        `[B, Tq, H, D]` in the dtype of `q`.
+    """
+    batch, queries, heads, head_dim = q.shape
+    backend = choose_for_text(backend, q.device, q.dtype, head_dim, rows=batch * queries * heads)
+    if backend.takes_span:
+        return attention(q, k, v, count=span.count, last_bias=span.last_bias)
+    return attend(q, k, v, backend=backend)
 
 
 def _key_mask(bias: KeyBias, q: Tensor, k: Tensor) -> Tensor:

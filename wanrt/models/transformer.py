@@ -22,7 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanrt.models.attention import AttentionBackend, KeyBias, attend, choices
+from wanrt.models.attention import (
+    AttentionBackend,
+    KeyBias,
+    TextSpan,
+    attend_text,
+    choices,
+    choices_for_text,
+)
 from wanrt.models.fp8 import takes_rows
 from wanrt.models.kv_cache import CachePolicy, CallOrderError, KVCache, Pass, PassPlan
 from wanrt.models.memory import LOCAL, CachedMemory, Elementwise, Memory, QKNorm, SequenceMemory, turn
@@ -90,18 +97,40 @@ class TextKV:
     """Cross-attention keys and values of one prompt (per batch entry), for every layer.
 
     Attributes:
-        keys, values: one tensor `[B, text_len, H, D]` a layer.
+        keys, values: one tensor `[B, text_len, H, D]` a layer, padding included.
+        span: how much of them to attend to.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    span: TextSpan
+
+    def layers(self) -> Iterator[LayerText]:
+        """What each layer attends to."""
+        for key, value in zip(self.keys, self.values, strict=True):
+            yield LayerText(key, value, self.span)
 
     def copy_(self, other: TextKV) -> TextKV:
         """Overwrite in place, so that captured graphs see the new prompt at the old addresses."""
         with torch.no_grad():
             for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
                 mine.copy_(theirs)
+            self.span.copy_(other.span)
         return self
+
+
+@dataclass(frozen=True)
+class LayerText:
+    """What one layer's cross-attention attends to.
+
+    Attributes:
+        key, value: `[B, text_len, H, D]`.
+        span: how much of them.
+    """
+
+    key: Tensor
+    value: Tensor
+    span: TextSpan
 
 
 @dataclass(frozen=True)
@@ -200,11 +229,12 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Attention of video tokens to the prompt, whose keys and values are computed once by `embed`."""
 
-    def forward(self, x: Tensor | Rows, key: Tensor, value: Tensor, memory: Memory) -> Tensor:
-        """`[B, T, C]` and the prompt's `[B, text_len, H, D]` to `[B, T, C]`."""
+    def forward(self, x: Tensor | Rows, text: LayerText, memory: Memory) -> Tensor:
+        """`[B, T, C]` and the prompt to `[B, T, C]`."""
         norms = self.norms()
         q = turn(memory.ops, self.q(x), norms.query, norms, None)
-        return self.o(attend(q, key, value, backend=memory.backend).flatten(-2))
+        attended = attend_text(q, text.key, text.value, text.span, backend=memory.backend)
+        return self.o(attended.flatten(-2))
 
     def embed(self, text: Tensor, ops: Elementwise) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, text_len, H, D]` of text features `[B, text_len, C]`; differentiable."""
@@ -228,22 +258,20 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
         nn.init.normal_(self.modulation, std=dim**-0.5)
 
-    def forward(
-        self, residual: Residual, modulation: Tensor, text_key: Tensor, text_value: Tensor, memory: Memory
-    ) -> Residual:
+    def forward(self, residual: Residual, modulation: Tensor, text: LayerText, memory: Memory) -> Residual:
         """One layer. Every residual is added where the next norm reads it, the last one by the next layer.
 
         Args:
             residual: tokens, with the previous layer's update pending.
             modulation: `[B, F, 6, C]` fp32, this layer's share of a `TimeEmbedding`.
-            text_key, text_value: `[B, text_len, H, D]`.
+            text: the prompt's keys and values in this layer.
             memory: what self-attention attends to.
         """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
         x, y = self._normed(memory.ops, residual, scale, shift, self.self_attn.q)
         residual = Residual(x, self.self_attn(y, memory), gate)
         x, y = self._norm3(memory.ops, residual)
-        residual = Residual(x, self.cross_attn(y, text_key, text_value, memory))
+        residual = Residual(x, self.cross_attn(y, text, memory))
         x, y = self._normed(memory.ops, residual, ffn_scale, ffn_shift, self.ffn[0])
         return Residual(x, self.ffn(y), ffn_gate)
 
@@ -366,7 +394,7 @@ class WanTransformer(nn.Module):
         padded = F.pad(embeddings.to(self.dtype), (0, 0, 0, text_len - length))
         text = self.text_embedding(padded)
         pairs = [block.cross_attn.embed(text, self.elementwise) for block in self._blocks()]
-        return TextKV(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
+        return TextKV(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), TextSpan.of(padded))
 
     def embed_time(self, timesteps: Tensor) -> TimeEmbedding:
         """What `run` needs of timesteps `[B, F]` in 0..1000; differentiable.
@@ -440,16 +468,14 @@ class WanTransformer(nn.Module):
             CachedMemory(cache, layer, plan, rope, key_bias, self.attention, ops) for layer in cache.layers
         ]
         residual = Residual(self._patchify(latents))
-        *layers, last = zip(
-            self._blocks(), time.layers.unbind(), text.keys, text.values, memories, strict=True
-        )
-        for block, modulation, key, value, memory in layers:
-            residual = block(residual, modulation, key, value, memory)
-        block, modulation, key, value, memory = last
+        *layers, last = zip(self._blocks(), time.layers.unbind(), text.layers(), memories, strict=True)
+        for block, modulation, prompt, memory in layers:
+            residual = block(residual, modulation, prompt, memory)
+        block, modulation, prompt, memory = last
         if plan.pass_ is not Pass.DENOISE:
             block.remember(residual, modulation, memory)
             return None
-        residual = block(residual, modulation, key, value, memory)
+        residual = block(residual, modulation, prompt, memory)
         return self._unpatchify(self.head(residual, time.head, ops), latents)
 
     def forward_train(
@@ -489,10 +515,10 @@ class WanTransformer(nn.Module):
         )
         time = self.embed_time(t)
         residual = Residual(self._patchify(frames))
-        for block, modulation, key, value in zip(
-            self._blocks(), time.layers.unbind(), text.keys, text.values, strict=True
+        for block, modulation, prompt in zip(
+            self._blocks(), time.layers.unbind(), text.layers(), strict=True
         ):
-            residual = block(residual, modulation, key, value, memory)
+            residual = block(residual, modulation, prompt, memory)
         patches = self.head(residual, time.head, memory.ops)[:, memory.context_tokens :]
         return self._unpatchify(patches, latents)
 
@@ -508,14 +534,18 @@ class WanTransformer(nn.Module):
             choices(self.attention, device, self.dtype, head_dim, biased=biased) for biased in (False, True)
         )
         backends = " or ".join(dict.fromkeys(plain + biased))
+        prompt = " or ".join(
+            f"{backend} ({'one key for its padding' if backend.takes_span else 'all of its padding'})"
+            for backend in choices_for_text(self.attention, device, self.dtype, head_dim)
+        )
         reason = "chosen" if self.attention is AttentionBackend.AUTO else "forced"
         bias = " or ".join(dict.fromkeys(backend.bias_by for backend in biased))
         where = f"{device.type}, {str(self.dtype).removeprefix('torch.')}, heads of {head_dim}"
         kernels = "Triton kernels" if device.type == "cuda" and HAVE_TRITON else "plain PyTorch"
         missing = "" if HAVE_TRITON or device.type != "cuda" else " (Triton is not installed)"
         return (
-            f"transformer: attention by {backends} ({reason} for {where}), KV bias by {bias}; "
-            f"{kernels} between products{missing}"
+            f"transformer: attention by {backends} ({reason} for {where}), KV bias by {bias}, "
+            f"to the prompt by {prompt}; {kernels} between products{missing}"
         )
 
     def _blocks(self) -> Iterator[Block]:

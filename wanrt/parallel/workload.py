@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 CHUNK = 3  # latent frames
 LATENT_CHANNELS = 16
-SCALE_BYTES = 4  # of a channel of an fp8 weight
+FP32_BYTES = 4
+SCALE_BYTES = 4  # of a channel of an fp8 weight, or a row of fp8 values
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -166,7 +167,7 @@ def memory(work: Workload, topology: Topology) -> list[DeviceMemory]:
             cache=_cache(work, topology.mesh) if rank.mesh is not None else 0,
             vae=_vae(work, topology.vae) if rank.vae is not None else 0,
             text=2 * work.text_encoder if rank.stage0 else 0,
-            work=RUNTIME + (_activations(work, topology) if rank.mesh is not None else 0),
+            work=RUNTIME + (_passes_room(work, topology) if rank.mesh is not None else 0),
         )
         for rank in topology.ranks()
     ]
@@ -194,6 +195,10 @@ def _vae(work: Workload, parts: int) -> int:
     return int(2 * VAE_PARAMETERS * wide * wide + (state + alive) / parts)
 
 
+def _passes_room(work: Workload, topology: Topology) -> int:
+    return _activations(work, topology) + exchange_buffers(work, topology)
+
+
 def _activations(work: Workload, topology: Topology) -> int:
     """The widest moment of a layer: residual, q, k, v, attention output and the feed-forward's hidden values."""
     tokens = max(work.window, CHUNK) * work.frame_tokens
@@ -201,6 +206,25 @@ def _activations(work: Workload, topology: Topology) -> int:
         tokens //= topology.mesh
     parts = topology.mesh if topology.kind is MeshKind.TP else 1
     return work.element * tokens * (8 * work.dim + 2 * work.ffn_dim // parts)
+
+
+def exchange_buffers(work: Workload, topology: Topology) -> int:
+    """Bytes of the buffers that a mesh rank shares with ranks that reach its memory, but for its cache.
+
+    They are as large as the largest pass needs, and stay. Those of `FusedExchange`, in its order: partial products,
+    normalised tokens (the head's in fp32, for a chunk), mean squares of two projections from every rank, fp8 rows with
+    their scales. Those of `PeerMemory`: queries, outputs, and a commit's raw keys.
+    """
+    chunk, n, element = CHUNK * work.frame_tokens, topology.mesh, work.element
+    tokens = max(work.window * work.frame_tokens, chunk) if work.recompute else chunk
+    if topology.kind is MeshKind.TP:
+        head = 0 if element == FP32_BYTES else FP32_BYTES * chunk * work.dim
+        rows = tokens * (work.dim + SCALE_BYTES) if work.fp8 and work.fp8_layers else 0
+        return 2 * element * tokens * work.dim + head + FP32_BYTES * 2 * n * tokens + rows
+    if topology.kind is MeshKind.ULYSSES:
+        commit = 0 if work.recompute else chunk
+        return element * (2 * tokens + commit) * work.dim // n
+    return 0
 
 
 @dataclass(frozen=True)

@@ -126,9 +126,10 @@ def _measure(
         pipeline.close()
         sink.finish()
     _settle(device)
+    tokens = pipeline.most_tokens()
     spans = by_chunk(recorder, range(warm_up, job.chunks))
     seconds = loaded - began, warmed - loaded
-    return report(job, spans, warm_up, seconds, _memory(device), tuning, startup.seconds)
+    return report(job, spans, warm_up, seconds, _memory(device), tuning, startup.seconds, tokens)
 
 
 def _settle(device: torch.device) -> None:

@@ -66,6 +66,9 @@ class BenchReport:
     warm_up_s: float
     memory_bytes: int | None  # most that the device's allocator held; None on a CPU
     startup: Mapping[str, float] = field(default_factory=dict)  # seconds by part; parts of ranks overlap
+    prompt_tokens: int | None = (
+        None  # of the prompt, on whose length the passes' time depends; None: not known
+    )
     not_included: tuple[str, ...] = NOT_INCLUDED
 
     @property
@@ -89,7 +92,7 @@ class BenchReport:
     def read(cls, document: Mapping[str, Any]) -> BenchReport:
         """The report of a `document`."""
         timings = ("period", "mesh", "stage0", "anchor_path")
-        # files of older versions have no startup
+        # files of older versions have no startup and no prompt_tokens
         known: dict[str, Any] = {f.name: document[f.name] for f in fields(cls) if f.name in document}
         known |= {name: Timing(**document[name]) for name in timings}
         return cls(**{**known, "costs": StageCosts(**document["costs"])})
@@ -115,6 +118,7 @@ def report(
     memory: int | None,
     tuning: Tuning,
     startup: Mapping[str, float] | None = None,
+    prompt_tokens: int | None = None,
 ) -> BenchReport:
     """The measures of spans sorted by chunk. Raises `RunError` when a chunk was not recorded whole."""
     chunks = sorted(spans)
@@ -141,6 +145,7 @@ def report(
         warm_up_s=seconds[1],
         memory_bytes=memory,
         startup=dict(startup or {}),
+        prompt_tokens=prompt_tokens,
     )
 
 
@@ -154,7 +159,7 @@ def by_chunk(recorder: Recorder, chunks: range) -> dict[int, list[Span]]:
 
 
 def table(reports: Iterable[BenchReport | Unmeasured]) -> str:
-    """The scorecard's columns, one configuration a line, what is not included, and what could not be run."""
+    """The scorecard's columns, one configuration a line, what could not be run, and what the times are of."""
     head = ("configuration", "period", "mesh", "stage 0", "anchor path", "fps", "fps without VAE")
     found = list(reports)
     rows = [head, *(_row(report) for report in found if isinstance(report, BenchReport))]
@@ -166,8 +171,14 @@ def table(reports: Iterable[BenchReport | Unmeasured]) -> str:
         for row in rows
     ]
     unmeasured = [f"not measured: {run.name}: {run.reason}" for run in found if isinstance(run, Unmeasured)]
-    about = f"medians of steady chunks, ms; not included: {', '.join(NOT_INCLUDED)}"
+    about = f"medians of steady chunks, ms{_prompts(found)}; not included: {', '.join(NOT_INCLUDED)}"
     return "\n".join([*lines, *_split_gains(found), *unmeasured, about])
+
+
+def _prompts(found: Iterable[BenchReport | Unmeasured]) -> str:
+    """How long the prompts were, where that is known."""
+    lengths = {run.prompt_tokens for run in found if isinstance(run, BenchReport)} - {None}
+    return f"; prompt of {' or '.join(map(str, sorted(filter(None, lengths))))} tokens" if lengths else ""
 
 
 def _split_gains(found: Iterable[BenchReport | Unmeasured]) -> list[str]:

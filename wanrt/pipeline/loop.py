@@ -91,6 +91,10 @@ class Pipeline:
         self._settings, self._recorder, self._convert = settings, recorder, convert
         self._lanes = lanes or OneLane()
 
+    def most_tokens(self) -> int | None:
+        """See `PromptBook.most_tokens`."""
+        return self._prompts.most_tokens()
+
     def run(self) -> Iterator[Frames]:
         """Frames chunk by chunk.
 

@@ -35,7 +35,9 @@ log = logging.getLogger("wanrt.pipeline")
 
 Progress = Callable[[str, float | None], None]  # (part, seconds it took; None: it begins)
 
-RANDOM_TOKENS = 24  # a prompt of average length, for random embeddings
+# Of a random embedding: times depend on a prompt's length, and Wan's own prompt extension writes 80 to 100 words
+# (Wan-Video/Wan2.1 wan/utils/prompt_extend.py at 9737cba).
+RANDOM_TOKENS = 128
 
 
 def unheard(part: str, seconds: float | None) -> None:
@@ -72,7 +74,8 @@ def load_stage0(
             "random weights: the picture means nothing; prompts are hashed, the text encoder is not loaded"
         )
         vae = load_streaming_vae(job, files, device, precision, progress)
-        return Stage0Models(vae, partial(hashed_embedding, job.preset.transformer.text_dim, device))
+        t = job.preset.transformer
+        return Stage0Models(vae, partial(hashed_embedding, t.text_len, t.text_dim, device))
     with timed(progress, "text encoder"):
         encode = _text_encoder(job.preset, files, device, precision)
     return Stage0Models(load_streaming_vae(job, files, device, precision, progress), encode)
@@ -200,14 +203,18 @@ def _vae(preset: Preset, files: ModelFiles, device: torch.device, precision: Pre
     return vae  # type: ignore[return-value]
 
 
-def hashed_embedding(dim: int, device: torch.device, prompt: str) -> torch.Tensor:
-    """A random embedding `[1, 24, dim]` of its own for each prompt, the same on every machine."""
+def hashed_embedding(text_len: int, dim: int, device: torch.device, prompt: str) -> torch.Tensor:
+    """A random embedding of its own for each prompt, the same on every machine.
+
+    `[1, L, dim]`, L being `RANDOM_TOKENS`, or `text_len` where a model takes fewer.
+    """
     import torch
 
     from wanrt.pipeline.noise import standard_normal
 
     key = int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=16).digest(), "little")
-    values = standard_normal(key, RANDOM_TOKENS * dim).reshape(1, RANDOM_TOKENS, dim)
+    tokens = min(RANDOM_TOKENS, text_len)
+    values = standard_normal(key, tokens * dim).reshape(1, tokens, dim)
     return torch.from_numpy(values).to(device)
 
 

@@ -87,6 +87,11 @@ class PromptBook:
         self._recorder.prompt(chunk, " + ".join(text for text, _ in now.prompts))
         return embedding
 
+    def most_tokens(self) -> int | None:
+        """Of the longest prompt that is kept, its end mark included; None: there is none yet. Waits for the device."""
+        kept = self._encoded.values()
+        return max((int(embedding.ne(0).any(-1).sum(-1).max()) for embedding in kept), default=None)
+
     def _embedding(self, now: Conditioning, chunk: int) -> torch.Tensor:
         target = self._weighted(now.prompts, chunk)
         if now.blend_from is None or now.blend_fraction >= 1.0:

@@ -145,8 +145,9 @@ class _Stream:
     made: int = 0
 
     def prompt(self, text: str) -> None:
-        dim = self.subject.model.config.text_dim
-        self.denoiser.set_text(hashed_embedding(dim, self.subject.device, text))
+        config = self.subject.model.config
+        embedding = hashed_embedding(config.text_len, config.text_dim, self.subject.device, text)
+        self.denoiser.set_text(embedding)
 
     def chunk(self) -> None:
         """Context (if there is any), every denoising step, commit (if the cache wants one)."""

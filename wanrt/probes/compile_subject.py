@@ -195,6 +195,7 @@ def open_subject(
     shape = (1, config.in_channels, CHUNK_LATENTS, height // 8, width // 8)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     with torch.no_grad():
-        text = model.embed_text(hashed_embedding(config.text_dim, device, "a red ball bouncing"))
+        prompt = hashed_embedding(config.text_len, config.text_dim, device, "a red ball bouncing")
+        text = model.embed_text(prompt)
     log.info(model.paths())
     return CompileSubject(preset, (width, height), backend, model, cache, latents, text, device)

@@ -12,7 +12,9 @@ from wanrt.script.source import Path, Source
 from wanrt.script.units import Expected, nearest, printable, show
 
 # What describes the machine or the run, not the video; prompt files travel.
-FLAGS_ONLY = ("topology", "precision", "device", "weights", "random_weights", "force", "stats", "trace")
+FLAGS_ONLY = (
+    "topology", "precision", "attention", "device", "weights", "random_weights", "force", "stats", "trace",
+)  # fmt: skip
 
 
 Finding = tuple[int, str]  # the line (0: not of the file, a flag), and what is wrong
