@@ -162,7 +162,8 @@ def test_table_may_go_by_rows_and_bias(monkeypatch):
 @pytest.mark.parametrize(
     ("capability", "dtype", "head_dim", "chosen"),
     [
-        (9, torch.bfloat16, 128, AttentionBackend.TRITON),
+        (9, torch.bfloat16, 128, AttentionBackend.HOPPER),
+        (9, torch.bfloat16, 64, AttentionBackend.TRITON),
         (8, torch.float16, 64, AttentionBackend.TRITON),
         (9, torch.bfloat16, 40, AttentionBackend.CUDNN),  # not a multiple of 16
         (9, torch.float32, 128, AttentionBackend.SDPA),
@@ -180,7 +181,7 @@ def test_auto_for_a_text_is_who_takes_its_span(monkeypatch, capability, dtype, h
 def test_auto_for_a_text_without_triton_is_who_attends_to_video(monkeypatch):
     monkeypatch.setattr(attention, "_capability", lambda device: 9)
     monkeypatch.setattr(attention, "HAVE_TRITON", False)
-    assert choices_for_text(AttentionBackend.AUTO, CUDA, torch.bfloat16, 128) == (AttentionBackend.CUDNN,)
+    assert choices_for_text(AttentionBackend.AUTO, CUDA, torch.bfloat16, 64) == (AttentionBackend.CUDNN,)
 
 
 def test_text_costs_its_own_keys_and_one_for_its_padding():

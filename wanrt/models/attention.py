@@ -51,13 +51,12 @@ class AttentionBackend(StrEnum):
         """How a KV bias is applied."""
         if self is AttentionBackend.SDPA:
             return "an additive mask"
-        own = self in (AttentionBackend.HOPPER, AttentionBackend.TRITON)
-        return "the same call" if own else "two calls merged"
+        return "the same call" if self.is_own else "two calls merged"
 
     @property
-    def takes_span(self) -> bool:
-        """Whether it attends to a text's `TextSpan` instead of to all of its padding."""
-        return self is AttentionBackend.TRITON
+    def is_own(self) -> bool:
+        """Whether it is a kernel of wanrt's: those attend to a text's `TextSpan` instead of to all of its padding."""
+        return self in (AttentionBackend.HOPPER, AttentionBackend.TRITON)
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,10 @@ CUDA_DEFAULTS = (
 # and all of the padding. So it does on a CPU: wan-tiny has but 32 keys, and torch's kernel for CPUs is fast for
 # multiples of 16 only. Its 336 queries take 0.24 ms with all keys, 0.64 with 13 and a mask, and 0.17 with 16 and a
 # mask, which would be 0.2 % of the passes of a chunk.
-TEXT_DEFAULTS = (Default(AttentionBackend.TRITON, range(8, sys.maxsize)),)
+TEXT_DEFAULTS = (
+    Default(AttentionBackend.HOPPER, range(9, 10), head_dim=hopper.HEAD_DIM),
+    Default(AttentionBackend.TRITON, range(8, sys.maxsize)),
+)
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ def choose_for_text(
         capability = _capability(device)
         for line in TEXT_DEFAULTS:
             runs = line.backend is not AttentionBackend.TRITON or _why_no_triton(head_dim) is None
-            if runs and line.fits(capability, rows, biased=False):
+            if runs and line.fits(capability, head_dim, rows, biased=False):
                 return line.backend
     return choose(backend, device, dtype, head_dim, rows=rows, biased=False)
 
@@ -313,8 +315,9 @@ def attend_text(
     """
     batch, queries, heads, head_dim = q.shape
     backend = choose_for_text(backend, q.device, q.dtype, head_dim, rows=batch * queries * heads)
-    if backend.takes_span:
-        return attention(q, k, v, count=span.count, last_bias=span.last_bias)
+    if backend.is_own:
+        own = hopper.hopper_attention if backend is AttentionBackend.HOPPER else attention
+        return own(q, k, v, count=span.count, last_bias=span.last_bias)
     return attend(q, k, v, backend=backend)
 
 
