@@ -535,7 +535,7 @@ class WanTransformer(nn.Module):
         )
         backends = " or ".join(dict.fromkeys(plain + biased))
         prompt = " or ".join(
-            f"{backend} ({'one key for its padding' if backend.takes_span else 'all of its padding'})"
+            f"{backend} ({'one key for its padding' if backend.is_own else 'all of its padding'})"
             for backend in choices_for_text(self.attention, device, self.dtype, head_dim)
         )
         reason = "chosen" if self.attention is AttentionBackend.AUTO else "forced"
