@@ -35,6 +35,10 @@ __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
         "}" ::"r"(bar), "r"(parity) : "memory");
 }
 
+// A number that all lanes have alike. Told so, the compiler keeps it, and what is made from it, where products look for
+// their operands; else it is brought there before each.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xFFFFFFFF, x, 0); }
+
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 both;
     asm(PACK " %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));

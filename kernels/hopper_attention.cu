@@ -11,7 +11,8 @@
 // rounds of tiles where there are 5.2. Whoever comes last to such a tile adds its parts, in the order of keys: the
 // same bits every time.
 //
-// Given by the host: KEYS (of a block), PACK, SCALE (log2(e) / sqrt(128)), `score` and `gather`, the products.
+// Given by the host: KEYS (of a block), COUNTED (whether a number on the device says how many keys there are), PACK, SCALE
+// (log2(e) / sqrt(128)), `score` and `gather`, the products.
 
 constexpr int D = 128, QUERIES = 128;       // numbers of a head, queries of a tile
 constexpr int STAGES = 2;                   // in shared memory: tiles of queries, blocks of keys and of values
@@ -29,17 +30,14 @@ __device__ __forceinline__ void fetch(u32 to, const TensorMap* map, u32 bar, int
         ::"r"(to), "l"(map), "r"(bar), "r"(half * 64), "r"(head), "r"(token), "r"(batch) : "memory");
 }
 
-// Matrix descriptors in the copy engine's swizzle of 128 bytes (PTX ISA, "Matrix Descriptor Format").
-// Rows of queries or keys, the inner axis of the product contiguous: groups of 8 rows follow each other.
-__device__ __forceinline__ u64 rows_descriptor(u32 address) {
-    constexpr u64 swizzle_128_bytes = 1, eight_rows = 8 * ROW;
-    return ((address & 0x3FFFF) >> 4) | (1ull << 16) | ((eight_rows >> 4) << 32) | (swizzle_128_bytes << 62);
-}
+// The low word of a matrix descriptor in the copy engine's swizzle of 128 bytes (PTX ISA, "Matrix Descriptor Format"); the
+// high word, which all have alike, is with the products: groups of 8 rows follow each other.
+// Rows of queries or keys, the inner axis of the product contiguous.
+__device__ __forceinline__ u32 rows_descriptor(u32 address) { return ((address & 0x3FFFF) >> 4) | (1u << 16); }
 
 // Rows of values, the outer axis contiguous, read transposed: its halves are a block's half apart.
-__device__ __forceinline__ u64 columns_descriptor(u32 address) {
-    constexpr u64 swizzle_128_bytes = 1, eight_rows = 8 * ROW, half = BLOCK_HALF;
-    return ((address & 0x3FFFF) >> 4) | ((half >> 4) << 16) | ((eight_rows >> 4) << 32) | (swizzle_128_bytes << 62);
+__device__ __forceinline__ u32 columns_descriptor(u32 address) {
+    return ((address & 0x3FFFF) >> 4) | (u32)(BLOCK_HALF >> 4 << 16);
 }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -88,7 +86,7 @@ __device__ __forceinline__ float over_four_lanes_sum(float x) {
 // What the host says of a call. Whole tiles are 0 to whole - 1; the others are cut into `sharers` equal runs of blocks.
 struct Call {
     const float* bias;     // null: none
-    const int* count;      // how many keys of each batch entry; null: all. With it, the last key is the biased one
+    const int* count;      // COUNTED: how many keys to attend to, of each batch entry. The last of them is the biased one
     float* parts;          // [sharers][2][PART]: a sharer begins in one tile and may end in the next
     u32* arrived;          // [tiles - whole][2], zero: parts that are in `parts`, of either half of a tile
     // One out, or one for each rank: of each frame's `frame_tokens` tokens the first `out_tokens` belong to the first rank,
@@ -99,6 +97,10 @@ struct Call {
     int heads, queries, keys, biased;
     int down, whole, tiles, sharers;  // tiles down a head; tiles that one block has whole; all; who share the others
 };
+
+__device__ __forceinline__ int keys_of(const Call& call, int batch) {
+    return COUNTED ? uniform(call.count[batch]) : call.keys;
+}
 
 // Blocks of keys [first, last) of a tile.
 struct Segment {
@@ -129,10 +131,7 @@ struct Walk {
     __device__ __forceinline__ bool next(const Call& call, Segment& segment) {
         if (turn < call.whole) {
             segment = {turn, 0, blocks};
-            if (call.count) {
-                const int keys = call.count[turn / (call.down * call.heads)];
-                segment.last = (keys + KEYS - 1) / KEYS;
-            }
+            if constexpr (COUNTED) segment.last = (keys_of(call, turn / (call.down * call.heads)) + KEYS - 1) / KEYS;
             turn += gridDim.x;
             return true;
         }
@@ -230,10 +229,10 @@ struct Bias {
     int first, last, keys;
 
     __device__ __forceinline__ Bias(const Call& call, int batch) {
-        keys = call.count ? call.count[batch] : call.keys;
-        first = call.count ? keys - 1 : 0;
-        last = call.count ? keys : call.biased;
-        value = call.bias ? call.bias[call.count ? batch : 0] * LOG2_E : 0.0f;
+        keys = keys_of(call, batch);
+        first = COUNTED ? keys - 1 : 0;
+        last = COUNTED ? keys : call.biased;
+        value = call.bias ? call.bias[COUNTED ? batch : 0] * LOG2_E : 0.0f;
     }
 
     // Whether the keys of block `index` all have it or all have it not.
@@ -296,7 +295,7 @@ __device__ __forceinline__ void round_weights(const float (&scores)[SCORES], u32
 
 // scores = 64 queries times a block of keys.
 __device__ __forceinline__ void score_block(float (&scores)[SCORES], u32 queries, u32 keys) {
-    const u64 a = rows_descriptor(queries), b = rows_descriptor(keys);
+    const u32 a = rows_descriptor(queries), b = rows_descriptor(keys);
 #pragma unroll
     for (int k = 0; k < D / 16; ++k)  // 16 numbers are 32 bytes; a descriptor counts in 16
         score(scores, a + (k / 4 * Q_HALF + k % 4 * 32) / 16, b + (k / 4 * BLOCK_HALF + k % 4 * 32) / 16, k > 0);
@@ -304,7 +303,7 @@ __device__ __forceinline__ void score_block(float (&scores)[SCORES], u32 queries
 
 // sums += weights times a block of values.
 __device__ __forceinline__ void gather_block(float (&sums)[SUMS], u32 (&weights)[SCORES / 2], u32 values) {
-    const u64 b = columns_descriptor(values);
+    const u32 b = columns_descriptor(values);
 #pragma unroll
     for (int k = 0; k < KEYS / 16; ++k)
         gather(sums, weights[4 * k], weights[4 * k + 1], weights[4 * k + 2], weights[4 * k + 3], b + k * 16 * ROW / 16);
@@ -525,7 +524,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_attention(
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    const int group = threadIdx.x / GROUP_THREADS;
+    const int group = uniform(threadIdx.x / GROUP_THREADS);
     if (group == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == WORKERS) fetch_all(call, s, &queries, &keys, &values);

@@ -32,42 +32,45 @@ PART_FLOATS = (
     HEAD_DIM // 2 + 4
 ) * 256  # of a part of a tile: sums, largest exponents and weights of all workers
 KEYS = 144  # of a block: of 128, 144, 160 and 176 the fastest on an H100; frames of 720 and 1560 tokens waste few
+DESCRIPTOR_HIGH = 1 << 30 | 1024 >> 4  # swizzle of 128 bytes; 1024 bytes from a group of 8 rows to the next
 LEAST_BLOCKS = 4  # of keys that a sharer of a tile should have: to store and to add a part costs about one
 
 
 @dataclass(frozen=True)
 class Form:
-    """One compiled form: keys of a block, and "f16" or "bf16"."""
+    """One compiled form: keys of a block, "f16" or "bf16", and whether a number on the device bounds the keys."""
 
     keys: int
     kind: str
+    counted: bool = False
 
     def source(self) -> str:
         """The kernel's CUDA C++ with this form's numbers in front."""
         scale = f"{math.log2(math.e) / math.sqrt(HEAD_DIM)!r}f"
-        numbers = {"KEYS": self.keys, "SCALE": scale}
+        numbers = {"KEYS": self.keys, "COUNTED": int(self.counted), "SCALE": scale}
         return source("hopper_attention.cu", self.kind, numbers, products_source(self.keys, self.kind))
 
 
 def products_source(keys: int, kind: str) -> str:
-    """`score` and `gather`, the kernel's two products.
+    """`score` and `gather`, the kernel's two products. They take the low words of their operands' descriptors.
 
     score: 64 x `keys` sums = (or +=, with `add`) 64 x 16 times 16 x `keys`, both in shared memory.
     gather: 64 x 128 sums += 64 x 16, in registers, times 16 x 128 in shared memory, rows contiguous.
     """
     scores, sums = keys // 2, HEAD_DIM // 2  # a thread's
-    return f"""__device__ __forceinline__ void score(
-    float (&d)[{scores}], unsigned long long a, unsigned long long b, int add) {{
-    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{scores + 2}, 0;\\n"
+    return f"""__device__ __forceinline__ void score(float (&d)[{scores}], unsigned a, unsigned b, int add) {{
+    asm volatile("{{\\n.reg .pred p;\\n.reg .b64 a, b;\\nsetp.ne.b32 p, %{scores + 2}, 0;\\n"
+                 "mov.b64 a, {{%{scores}, {DESCRIPTOR_HIGH}}};\\nmov.b64 b, {{%{scores + 1}, {DESCRIPTOR_HIGH}}};\\n"
                  "wgmma.mma_async.sync.aligned.m64n{keys}k16.f32.{kind}.{kind} "
-                 "{{{registers(scores)}}}, %{scores}, %{scores + 1}, p, 1, 1, 0, 0;\\n}}"
-                 : {operands("d", scores)} : "l"(a), "l"(b), "r"(add));
+                 "{{{registers(scores)}}}, a, b, p, 1, 1, 0, 0;\\n}}"
+                 : {operands("d", scores)} : "r"(a), "r"(b), "r"(add));
 }}
 __device__ __forceinline__ void gather(
-    float (&d)[{sums}], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned long long b) {{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n{HEAD_DIM}k16.f32.{kind}.{kind} "
-                 "{{{registers(sums)}}}, {{%{sums}, %{sums + 1}, %{sums + 2}, %{sums + 3}}}, %{sums + 4}, 1, 1, 1, 1;"
-                 : {operands("d", sums)} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+    float (&d)[{sums}], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b) {{
+    asm volatile("{{\\n.reg .b64 b;\\nmov.b64 b, {{%{sums + 4}, {DESCRIPTOR_HIGH}}};\\n"
+                 "wgmma.mma_async.sync.aligned.m64n{HEAD_DIM}k16.f32.{kind}.{kind} "
+                 "{{{registers(sums)}}}, {{%{sums}, %{sums + 1}, %{sums + 2}, %{sums + 3}}}, b, 1, 1, 1, 1;\\n}}"
+                 : {operands("d", sums)} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b));
 }}
 """
 
@@ -232,7 +235,7 @@ def _launch(
 ) -> None:
     """to: the fields of `_Call` that say where outputs go."""
     kind, code = TYPES[q.dtype]
-    form = Form(block, kind)
+    form = Form(block, kind, count is not None)
     batch, queries, heads, _ = q.shape
     tokens = k.shape[1]
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
