@@ -1,6 +1,6 @@
 // Attention with a bias on a run of keys, for Hopper: softmax(q k^T scale + bias) v, online, heads of 128.
 //
-// The structure is FlashAttention-3's (Shah et al. 2024, arXiv:2407.08608): one warp of the third warpgroup fetches, the
+// The structure is FlashAttention-3's (Shah et al. 2024, arXiv:2407.08608): two warps of the third warpgroup fetch, the
 // first two have 64 queries each and take turns, so that one multiplies while the other is at its softmax; within one, the
 // products of the next block of keys with the queries run beside those of the last block's weights with the values.
 //
@@ -19,9 +19,11 @@ constexpr int STAGES = 2;                   // in shared memory: tiles of querie
 constexpr int ROW = 128;                    // bytes that the copy engine's swizzle spans: half of a head
 constexpr int Q_HALF = QUERIES * ROW, Q_BYTES = 2 * Q_HALF;
 constexpr int BLOCK_HALF = KEYS * ROW, BLOCK_BYTES = 2 * BLOCK_HALF;
+static_assert(STAGES * (Q_BYTES + 2 * BLOCK_BYTES) + 2048 <= 232448, "what a block may have of shared memory");
 constexpr int GROUP_THREADS = 128, WORKERS = 2 * GROUP_THREADS, WORKER_WARPS = 8;
 constexpr int SUMS = D / 2, SCORES = KEYS / 2;  // of 64 queries, a thread's
-constexpr int PART = (SUMS + 4) * WORKERS;       // floats of a part of a tile: sums, largest exponents, weights
+constexpr int PART = (SUMS + 4) * WORKERS;       // floats of a part of a tile: sums, numbers subtracted, weights
+constexpr float SLACK = 8.0f;  // how far, to base 2, an exponent may rise above the number subtracted from all
 constexpr float LOG2_E = 1.4426950408889634f;
 
 __device__ __forceinline__ void fetch(u32 to, const TensorMap* map, u32 bar, int half, int head, int token, int batch) {
@@ -89,17 +91,17 @@ struct Call {
     const int* count;      // COUNTED: how many keys to attend to, of each batch entry. The last of them is the biased one
     float* parts;          // [sharers][2][PART]: a sharer begins in one tile and may end in the next
     u32* arrived;          // [tiles - whole][2], zero: parts that are in `parts`, of either half of a tile
-    // One out, or one for each rank: of each frame's `frame_tokens` tokens the first `out_tokens` belong to the first rank,
-    // as many more to the second and so on, frame after frame. It has `out_heads`, of which these begin at `out_head`.
-    char* out;
-    const u64* addresses;  // of every rank's out; null: `out` it is
+    char* out;             // [B, queries, heads, D]; or there is one for each rank
+    const u64* addresses;  // of those; null: `out` it is
+    // Of each frame's `frame_tokens` tokens the first `out_tokens` belong to the first rank, as many more to the second and
+    // so on, frame after frame. A rank has `out_heads`, of which these begin at `out_head`. A batch of 1.
     int frame_tokens, out_tokens, out_heads, out_head;
     int heads, queries, keys, biased;
     int down, whole, tiles, sharers;  // tiles down a head; tiles that one block has whole; all; who share the others
 };
 
 __device__ __forceinline__ int keys_of(const Call& call, int batch) {
-    return COUNTED ? uniform(call.count[batch]) : call.keys;
+    return COUNTED ? call.count[batch] : call.keys;
 }
 
 // Blocks of keys [first, last) of a tile.
@@ -143,15 +145,37 @@ struct Walk {
     }
 };
 
-// Where a tile lies.
-struct Place {
-    int query, head, batch;
+// What the workers are to do next: blocks of keys [first, last) of a tile of queries.
+struct Order {
+    int query, head, batch, keys;  // the tile's first token; how many keys there are
+    int first, last, shared;       // shared: the number of the tile among those that are, or -1
+    int unused;
 
-    __device__ __forceinline__ Place(const Call& call, int tile) {
-        query = tile % call.down * QUERIES;
-        const int index = tile / call.down;
-        head = index % call.heads;
-        batch = index / call.heads;
+    // The workers' last order.
+    static __device__ __forceinline__ Order end() { return {0, 0, 0, 0, 0, 0, -1, 0}; }
+
+    __device__ __forceinline__ bool is_end() const { return last == 0; }
+
+    static __device__ __forceinline__ Order of(const Call& call, const Segment& segment, int blocks) {
+        const int index = segment.tile / call.down, batch = index / call.heads;
+        const bool part = segment.tile >= call.whole && segment.last - segment.first < blocks;
+        return {segment.tile % call.down * QUERIES, index % call.heads, batch, keys_of(call, batch),
+                segment.first, segment.last, part ? segment.tile - call.whole : -1, 0};
+    }
+
+    __device__ __forceinline__ void post(u32 at) const {
+        asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(query), "r"(head), "r"(batch), "r"(keys));
+        asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(at + 16), "r"(first), "r"(last), "r"(shared), "r"(0)
+                     : "memory");
+    }
+
+    static __device__ __forceinline__ Order read(u32 at) {
+        Order o;
+        asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(o.query), "=r"(o.head), "=r"(o.batch), "=r"(o.keys) : "r"(at) : "memory");
+        asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(o.first), "=r"(o.last), "=r"(o.shared), "=r"(o.unused) : "r"(at + 16) : "memory");
+        return o;
     }
 };
 
@@ -182,7 +206,8 @@ struct Stages {
 
 struct Shared {
     Stages queries, keys, values;
-    u32 last;  // a word for each half of a tile
+    u32 orders;  // one for each tile of queries
+    u32 last;    // a word for each half of a tile
 
     __device__ __forceinline__ Shared(u32 base) {
         const u32 k = base + STAGES * Q_BYTES, v = k + STAGES * BLOCK_BYTES, barriers = v + STAGES * BLOCK_BYTES;
@@ -190,8 +215,11 @@ struct Shared {
         queries = {base, barriers, barriers + some};
         keys = {k, barriers + 2 * some, barriers + 3 * some};
         values = {v, barriers + 4 * some, barriers + 5 * some};
-        last = barriers + 6 * some;
+        orders = barriers + 6 * some;  // 16 bytes at a time: it lies at a multiple
+        last = orders + STAGES * sizeof(Order);
     }
+
+    __device__ __forceinline__ u32 order(const Ring& query) const { return orders + query.stage * sizeof(Order); }
 };
 
 // The next of queries, keys or values: 128 numbers of `rows` tokens of a head, in halves.
@@ -206,20 +234,33 @@ __device__ __forceinline__ void fetch_next(const Stages& to, Ring& ring, const T
     ring.step();
 }
 
-// Everything that is multiplied, in the order in which it is.
-__device__ __forceinline__ void fetch_all(const Call& call, const Shared& s, const TensorMap* queries,
-                                          const TensorMap* keys, const TensorMap* values) {
-    Ring query, key, value;
+// Orders, with their queries, and keys, in the order in which they are multiplied.
+__device__ __forceinline__ void fetch_keys(const Call& call, const Shared& s, const TensorMap* queries,
+                                           const TensorMap* keys) {
+    Ring query, key;
+    Segment segment;
+    Walk walk(call);
+    while (walk.next(call, segment)) {
+        const Order order = Order::of(call, segment, walk.blocks);
+        barrier_wait(s.queries.is_empty(query), query.phase ^ 1);
+        order.post(s.order(query));
+        fetch_next(s.queries, query, queries, QUERIES, order.head, order.query, order.batch);
+        for (int index = order.first; index < order.last; ++index)
+            fetch_next(s.keys, key, keys, KEYS, order.head, index * KEYS, order.batch);
+    }
+    barrier_wait(s.queries.is_empty(query), query.phase ^ 1);
+    Order::end().post(s.order(query));
+    barrier_arrive(s.queries.is_full(query));
+}
+
+// Values. By a warp of their own: they are late enough without waiting for room for the keys after them.
+__device__ __forceinline__ void fetch_values(const Call& call, const Shared& s, const TensorMap* values) {
+    Ring value;
     Segment segment;
     for (Walk walk(call); walk.next(call, segment);) {
-        const Place at(call, segment.tile);
-        fetch_next(s.queries, query, queries, QUERIES, at.head, at.query, at.batch);
-        fetch_next(s.keys, key, keys, KEYS, at.head, segment.first * KEYS, at.batch);
-        for (int index = segment.first; index < segment.last; ++index) {
-            if (index + 1 < segment.last)
-                fetch_next(s.keys, key, keys, KEYS, at.head, (index + 1) * KEYS, at.batch);
-            fetch_next(s.values, value, values, KEYS, at.head, index * KEYS, at.batch);
-        }
+        const Order order = Order::of(call, segment, walk.blocks);
+        for (int index = order.first; index < order.last; ++index)
+            fetch_next(s.values, value, values, KEYS, order.head, index * KEYS, order.batch);
     }
 }
 
@@ -228,8 +269,7 @@ struct Bias {
     float value;
     int first, last, keys;
 
-    __device__ __forceinline__ Bias(const Call& call, int batch) {
-        keys = keys_of(call, batch);
+    __device__ __forceinline__ Bias(const Call& call, int batch, int keys) : keys(keys) {
         first = COUNTED ? keys - 1 : 0;
         last = COUNTED ? keys : call.biased;
         value = call.bias ? call.bias[COUNTED ? batch : 0] * LOG2_E : 0.0f;
@@ -260,10 +300,10 @@ struct Bias {
 
 // A thread's share of 64 queries: rows lane / 4 and lane / 4 + 8 of its warp's 16.
 struct Online {
-    float top[2] = {-INFINITY, -INFINITY};  // the largest exponent so far
+    float top[2] = {-INFINITY, -INFINITY};  // what is subtracted from exponents: the largest so far, but for SLACK
     float weight[2] = {0.0f, 0.0f};         // of this thread's keys: the sum of 2^(exponent - top)
 
-    // A block of scores becomes weights. Gives what the sums so far shrink by.
+    // A block of scores becomes weights. Gives what the sums so far shrink by: by nothing, while exponents rise little.
     __device__ __forceinline__ void take(float (&scores)[SCORES], float bias, float (&shrink)[2]) {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
@@ -271,11 +311,12 @@ struct Online {
 #pragma unroll
             for (int i = 0; i < SCORES; i += 4)
                 most = fmaxf(most, fmaxf(scores[i + 2 * row], scores[i + 2 * row + 1]));
-            const float larger = fmaxf(top[row], over_four_lanes_max(most) * SCALE + bias);
-            shrink[row] = power(top[row] - larger);
-            top[row] = larger;
+            const float found = over_four_lanes_max(most) * SCALE + bias;
+            const float now = found > top[row] + SLACK ? found : top[row];
+            shrink[row] = power(top[row] - now);
+            top[row] = now;
             weight[row] *= shrink[row];
-            const float offset = larger - bias;
+            const float offset = now - bias;
 #pragma unroll
             for (int i = 0; i < SCORES; i += 4)
 #pragma unroll
@@ -295,7 +336,7 @@ __device__ __forceinline__ void round_weights(const float (&scores)[SCORES], u32
 
 // scores = 64 queries times a block of keys.
 __device__ __forceinline__ void score_block(float (&scores)[SCORES], u32 queries, u32 keys) {
-    const u32 a = rows_descriptor(queries), b = rows_descriptor(keys);
+    const u32 a = uniform(rows_descriptor(queries)), b = uniform(rows_descriptor(keys));
 #pragma unroll
     for (int k = 0; k < D / 16; ++k)  // 16 numbers are 32 bytes; a descriptor counts in 16
         score(scores, a + (k / 4 * Q_HALF + k % 4 * 32) / 16, b + (k / 4 * BLOCK_HALF + k % 4 * 32) / 16, k > 0);
@@ -303,7 +344,7 @@ __device__ __forceinline__ void score_block(float (&scores)[SCORES], u32 queries
 
 // sums += weights times a block of values.
 __device__ __forceinline__ void gather_block(float (&sums)[SUMS], u32 (&weights)[SCORES / 2], u32 values) {
-    const u32 b = columns_descriptor(values);
+    const u32 b = uniform(columns_descriptor(values));
 #pragma unroll
     for (int k = 0; k < KEYS / 16; ++k)
         gather(sums, weights[4 * k], weights[4 * k + 1], weights[4 * k + 2], weights[4 * k + 3], b + k * 16 * ROW / 16);
@@ -316,7 +357,7 @@ __device__ __forceinline__ void scale_rows(float (&sums)[SUMS], const float (&by
 
 // Store what this thread has of a part; true for the half tile's last one to come.
 __device__ __forceinline__ bool leave_part(const Call& call, const Shared& s, const float (&sums)[SUMS], const Online& o,
-                                           int tile, int slot, int parts, int group) {
+                                           int shared_tile, int slot, int parts, int group) {
     float* to = call.parts + (long long)slot * PART + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) __stcg(to + i * WORKERS, sums[i]);
@@ -329,7 +370,7 @@ __device__ __forceinline__ bool leave_part(const Call& call, const Shared& s, co
     group_sync(group);
     u32 last = 0;
     if (threadIdx.x % GROUP_THREADS == 0) {
-        last = atomicAdd(call.arrived + (tile - call.whole) * 2 + group, 1) == parts - 1;
+        last = atomicAdd(call.arrived + shared_tile * 2 + group, 1) == parts - 1;
         asm volatile("st.shared.u32 [%0], %1;" ::"r"(s.last + 4 * group), "r"(last) : "memory");
     }
     group_sync(group);
@@ -343,7 +384,7 @@ __device__ __forceinline__ int slot_of(int sharer, int units, int blocks, int sh
     return 2 * sharer + (Walk::begin(units, sharer, sharers) / blocks != shared_tile);
 }
 
-// Sums, largest exponents and weights of a whole tile from those of its parts.
+// Sums, numbers subtracted and weights of a whole tile from those of its parts.
 __device__ __forceinline__ void add_parts(const Call& call, float (&sums)[SUMS], Online& o, int shared_tile, int units,
                                           int blocks, int from, int to) {
     const auto part = [&](int sharer) {
@@ -370,24 +411,32 @@ __device__ __forceinline__ void add_parts(const Call& call, float (&sums)[SUMS],
     }
 }
 
+// Where heads of a token lie in out, in heads.
+__device__ __forceinline__ uint4* outputs_of(const Call& call, const Order& at, int token) {
+    if (!call.addresses) {
+        const long long row = ((long long)at.batch * call.queries + token) * call.heads + at.head;
+        return (uint4*)call.out + row * (D / 8);
+    }
+    const int frame = token / call.frame_tokens, within = token % call.frame_tokens;
+    const long long row =
+        (long long)(frame * call.out_tokens + within % call.out_tokens) * call.out_heads + call.out_head + at.head;
+    return (uint4*)call.addresses[within / call.out_tokens] + row * (D / 8);
+}
+
 // sums / weight, rounded, to wherever each token's outputs belong.
-__device__ __forceinline__ void store_tile(const Call& call, float (&sums)[SUMS], const Online& o, const Place& at,
-                                           int group, int warp, int lane) {
+__device__ __forceinline__ void store_tile(const Call& call, float (&sums)[SUMS], const Online& o, const Order& at,
+                                           int group, int lane) {
     float by[2];
 #pragma unroll
-    for (int row = 0; row < 2; ++row) by[row] = 1.0f / over_four_lanes_sum(o.weight[row]);
+    for (int row = 0; row < 2; ++row) by[row] = __fdividef(1.0f, over_four_lanes_sum(o.weight[row]));
     scale_rows(sums, by);
+    const int first = at.query + group * 64 + threadIdx.x % GROUP_THREADS / 32 * 16 + lane / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int token = at.query + group * 64 + warp * 16 + half * 8 + lane / 4;
+        const int token = first + half * 8;
         const bool inside = token < call.queries;
-        const int frame = token / call.frame_tokens, within = token % call.frame_tokens;
-        const int share = inside ? within / call.out_tokens : 0;
-        const long long own = (long long)at.batch * (call.queries / call.frame_tokens) + frame;
-        const long long row =
-            (own * call.out_tokens + within % call.out_tokens) * call.out_heads + call.out_head + at.head;
         // lane q of four has numbers 2 q and 2 q + 1 of every group of 8, and stores every fourth group
-        uint4* to = (uint4*)(call.addresses ? call.addresses[share] : (u64)call.out) + row * (D / 8) + lane % 4;
+        uint4* to = inside ? outputs_of(call, at, token) + lane % 4 : nullptr;
 #pragma unroll
         for (int j = 0; j < D / 8; j += 4) {
             u32 v[4];
@@ -414,9 +463,10 @@ struct Worker {
         barrier_wait(from.is_full(ring), ring.phase);
     }
 
-    __device__ __forceinline__ static void release(const Stages& from, Ring& ring, bool leader) {
-        if (leader) barrier_arrive(from.is_empty(ring));
+    __device__ __forceinline__ void release(const Stages& from, Ring& ring) const {
+        if (lane == 0) barrier_arrive(from.is_empty(ring));
         ring.step();
+        ring.stage = uniform(ring.stage);
     }
 
     __device__ __forceinline__ void start_scores() {
@@ -436,7 +486,7 @@ struct Worker {
     __device__ __forceinline__ void first_block(int index, const Bias& bias) {
         start_scores();
         wait_products<0>(scores);
-        release(s.keys, key, lane == 0);
+        release(s.keys, key);
         online.take(scores, bias.of<Even>(index, scores, lane), shrink);
         round_weights(scores, weights);
     }
@@ -450,13 +500,12 @@ struct Worker {
         start_sums();
         turn_pass(group);
         wait_products<1>(scores);
+        release(s.keys, key);
         online.take(scores, bias.of<Even>(index, scores, lane), shrink);
-        // Sums of powers are not negative, but the compiler does not know: it would move the powers behind the wait.
-        release(s.keys, key, lane == 0 || online.weight[0] + online.weight[1] < 0.0f);
         wait_products<0>(sums);
-        release(s.values, value, lane == 0);
+        release(s.values, value);
         round_weights(scores, weights);
-        scale_rows(sums, shrink);
+        if (__any_sync(0xFFFFFFFF, shrink[0] != 1.0f || shrink[1] != 1.0f)) scale_rows(sums, shrink);
     }
 
     __device__ __forceinline__ void last_sums() {
@@ -464,51 +513,50 @@ struct Worker {
         begin_products();
         start_sums();
         wait_products<0>(sums);
-        release(s.values, value, lane == 0);
+        release(s.values, value);
     }
 
-    __device__ __forceinline__ void attend(const Segment& segment, const Bias& bias) {
+    // The next order; its queries are there.
+    __device__ __forceinline__ Order next() const {
+        wait(s.queries, query);
+        return Order::read(s.order(query));
+    }
+
+    __device__ __forceinline__ void attend(const Order& order, const Bias& bias) {
         online = Online();
 #pragma unroll
         for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
-        wait(s.queries, query);
-        for (int index = segment.first; index < segment.last; ++index) {
+        for (int index = order.first; index < order.last; ++index) {
             wait(s.keys, key);
             // no branch may lie between a product's start and the wait for it: the compiler would wait there
             const bool even = bias.even(index);
-            if (index == segment.first)
+            if (index == order.first)
                 even ? first_block<true>(index, bias) : first_block<false>(index, bias);
             else
                 even ? next_block<true>(index, bias) : next_block<false>(index, bias);
         }
-        release(s.queries, query, lane == 0);
+        release(s.queries, query);
         last_sums();
     }
 };
 
 // Of a tile that others have parts of: whether this one came last, and then the whole of it.
-__device__ __forceinline__ bool whole_of(const Call& call, Worker& w, const Segment& segment, int blocks) {
-    const int units = (call.tiles - call.whole) * blocks, shared_tile = segment.tile - call.whole;
+__device__ __forceinline__ bool whole_of(const Call& call, Worker& w, int shared_tile) {
+    const int blocks = (call.keys + KEYS - 1) / KEYS, units = (call.tiles - call.whole) * blocks;
     const int from = Walk::sharer_of(units, shared_tile * blocks, call.sharers);
     const int to = Walk::sharer_of(units, (shared_tile + 1) * blocks - 1, call.sharers);
     const int slot = slot_of(blockIdx.x, units, blocks, shared_tile, call.sharers);
-    if (!leave_part(call, w.s, w.sums, w.online, segment.tile, slot, to - from + 1, w.group)) return false;
+    if (!leave_part(call, w.s, w.sums, w.online, shared_tile, slot, to - from + 1, w.group)) return false;
     add_parts(call, w.sums, w.online, shared_tile, units, blocks, from, to);
     return true;
 }
 
 __device__ __forceinline__ void attend_all(const Call& call, const Shared& s, int group) {
-    const int warp = threadIdx.x % GROUP_THREADS / 32;
     if (group == 1) turn_pass(group);  // the first group multiplies first
     Worker w(s, group);
-    Segment segment;
-    Walk walk(call);
-    while (walk.next(call, segment)) {
-        const Place at(call, segment.tile);
-        w.attend(segment, Bias(call, at.batch));
-        const bool part = segment.tile >= call.whole && segment.last - segment.first < walk.blocks;
-        if (!part || whole_of(call, w, segment, walk.blocks))
-            store_tile(call, w.sums, w.online, at, group, warp, w.lane);
+    for (Order order = w.next(); !order.is_end(); order = w.next()) {
+        w.attend(order, Bias(call, order.batch, order.keys));
+        if (order.shared < 0 || whole_of(call, w, order.shared)) store_tile(call, w.sums, w.online, order, group, w.lane);
     }
 }
 
@@ -527,7 +575,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_attention(
     const int group = uniform(threadIdx.x / GROUP_THREADS);
     if (group == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x == WORKERS) fetch_all(call, s, &queries, &keys, &values);
+        if (threadIdx.x == WORKERS) fetch_keys(call, s, &queries, &keys);
+        if (threadIdx.x == WORKERS + 32) fetch_values(call, s, &values);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         attend_all(call, s, group);

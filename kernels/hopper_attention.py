@@ -28,9 +28,7 @@ from wanrt_kernels.peer_heads import OwnTokens
 
 HEAD_DIM, QUERIES, THREADS = 128, 128, 384  # numbers of a head, queries of a tile, threads of a block
 HALF = 64  # numbers of a head in a row of 128 bytes, as far as the copy engine's swizzle reaches
-PART_FLOATS = (
-    HEAD_DIM // 2 + 4
-) * 256  # of a part of a tile: sums, largest exponents and weights of all workers
+PART_FLOATS = (HEAD_DIM // 2 + 4) * 256  # of a part of a tile: what all workers have
 KEYS = 144  # of a block: of 128, 144, 160 and 176 the fastest on an H100; frames of 720 and 1560 tokens waste few
 DESCRIPTOR_HIGH = 1 << 30 | 1024 >> 4  # swizzle of 128 bytes; 1024 bytes from a group of 8 rows to the next
 LEAST_BLOCKS = 4  # of keys that a sharer of a tile should have: to store and to add a part costs about one
