@@ -40,7 +40,7 @@ from wanrt.models.vae import (
     WanVae,
     convolve_window,
 )
-from wanrt_kernels.conv_window import PIXEL_CHANNELS, conv_window, why_not
+from wanrt_kernels.conv_window import conv_window, why_not
 from wanrt_kernels.norm_stack import NO_MARGIN, Margin, norm_stack
 from wanrt_kernels.softmax_rows import softmax_rows
 
@@ -61,6 +61,11 @@ class Pending:
     shuffled: bool = False
     margin: Margin = NO_MARGIN
 
+    @property
+    def complete(self) -> bool:
+        """Whether `x` is the total already."""
+        return self.bias is None and self.residual is None and not self.shuffled
+
     def finish(
         self,
         scale: Tensor | None = None,
@@ -70,10 +75,10 @@ class Pending:
         window: bool = False,
         keep: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Add, normalise, and put together with the past; see `norm_stack`. With nothing to add, the total is `x`."""
-        nothing_to_add = self.bias is None and self.residual is None and not self.shuffled
-        if nothing_to_add and scale is None and state is None:
-            return self.x, self.x if keep else None
+        """Add, normalise, and put together with the past; see `norm_stack`. `keep`: return the total too."""
+        kept = self.x if keep and self.complete else None
+        if self.complete and scale is None and state is None:
+            return self.x, kept
         y, total = norm_stack(
             self.x,
             scale,
@@ -84,9 +89,9 @@ class Pending:
             margin=self.margin,
             silu=silu,
             window=window,
-            keep_total=keep and not nothing_to_add,
+            keep_total=keep and not self.complete,
         )
-        return y, self.x if keep and nothing_to_add else total
+        return y, total if kept is None else kept
 
 
 def conv2d_nhwc(x: Tensor, weight: Tensor, *, padding: int = 1, stride: int = 1) -> Tensor:
@@ -152,31 +157,30 @@ class FastConv(nn.Module):
         self.register_buffer("bias", F.pad(_bias_of(conv).float(), (0, pad_out)))
 
     def pending(self, x: Tensor, skip: Tensor | None = None) -> Pending:
-        """The convolution of `x` plus bias and `skip` [T, H, W, O]: the sum, or with cuDNN what remains to be added."""
+        """The convolution of `x` plus bias and `skip` [T, H, W, O], which cuDNN leaves to be added."""
         if self.why_cudnn is None:
-            return Pending(self(x, skip))
+            return Pending(self(x, self.bias, skip))
         return Pending(self(x), self.bias, skip)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Convolve a window [T + 2, H, W, C], stacks [T, H, W, 3C], or a lone frame [1, H, W, C] of a start.
 
-        wanrt's own kernel adds the bias and `skip`; cuDNN neither.
+        Only wanrt's own kernel takes a `bias` and a `residual` to add.
         """
         if self.why_cudnn is None:
-            return self._by_kernel(x, skip)
+            return self._by_kernel(x, bias, residual)
+        assert bias is None
+        assert residual is None
         if x.shape[-1] != self.last.shape[1]:
             return conv2d_nhwc(x, self.steady, padding=self.last.shape[-1] // 2)
         if self.windows and x.shape[0] > 1:
             return conv3d_nhwc(x, self.steady)
         return conv2d_nhwc(x, self.last, padding=self.last.shape[-1] // 2)
 
-    def _by_kernel(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        if x.shape[0] > 1:
-            weight = self.steady.permute(0, 2, 3, 4, 1).flatten(1)
-        else:
-            weight = self.last.permute(0, 2, 3, 1).flatten(1)
+    def _by_kernel(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        weight = self.steady if x.shape[0] > 1 else self.last
         rows = self.unread[0], x.shape[1] - self.unread[1]
-        return conv_window(x, weight, rows, bias=self.bias, residual=skip)
+        return conv_window(x, weight.movedim(1, -1).flatten(1), rows, bias=bias, residual=residual)
 
 
 class Stream:
@@ -455,7 +459,9 @@ class FastVae(nn.Module):
         self.encode_dtype = encode_dtype
         self.decoder = FastHalf(vae.decoder, dtype, pad_out=-3 % TENSOR_CORE_CHANNELS)
         last = fold_normalisation(vae)
-        self.encoder = FastHalf(vae.encoder, encode_dtype, pad_in=PIXEL_CHANNELS - 3, last=last)
+        # With 8 channels the first convolution is cuDNN's: 53 us at 576x320 (H100, fp16). A form of wanrt's own kernel
+        # for them took 80 us in its best tile, and 131 in the other.
+        self.encoder = FastHalf(vae.encoder, encode_dtype, pad_in=-3 % TENSOR_CORE_CHANNELS, last=last)
         self._fold_entry(vae)
 
     def _fold_entry(self, vae: WanVae) -> None:
@@ -507,7 +513,7 @@ class FastVae(nn.Module):
 
     def frame_pad(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Memory for one frame as the encoder reads it, [1, H, W, 8] zeros, and the pixels in it, [1, 3, 1, H, W]."""
-        pad = self.to_raw.new_zeros(1, height, width, PIXEL_CHANNELS, dtype=self.encode_dtype)
+        pad = self.to_raw.new_zeros(1, height, width, TENSOR_CORE_CHANNELS, dtype=self.encode_dtype)
         return pad, pad[..., :3].permute(3, 0, 1, 2)[None]
 
     @torch.no_grad()
