@@ -4,7 +4,7 @@
 //                     + bias[o] + residual[t, y, x, o]
 //
 // dt from 0 to TAPS - 1: 3, or 1 for frames without a past, where the convolution is a plain 3x3. frames
-// [T + TAPS - 1, H, W, C], weights [O, TAPS * 9, C], out and residual [T, H, W, O], bias [O] in fp32; bias and residual
+// [T + TAPS - 1, H, W, C], weights [O, TAPS * 9 C], out and residual [T, H, W, O], bias [O] in fp32; bias and residual
 // may be null. Sums in fp32, which begin with the bias and end with the residual, rounded once. A block computes BM
 // pixels (8 high) of one frame times BN outputs. One thread of the third warpgroup fetches, the first two warpgroups
 // multiply half of the pixels each. A step is a (dt, dy) and 32 channels: the copy engine reads a box of pixels shifted
@@ -15,8 +15,7 @@
 // sums: the same bits every time, whatever the tile. Clusters of two blocks that fetch their weights together were up
 // to 2.4 times slower (H100), and are not here.
 //
-// Fewer than 32 channels are filled up with zeros by the copy engine, in shared memory only, and multiplied up to the
-// next multiple of 16. The residual is asked for while the products run: it waits in the L2 cache when they are done.
+// The residual is asked for while the products run: it waits in the L2 cache when they are done.
 //
 // Only rows `first` to `last` - 1 of out are computed, in tiles that begin at `first`; all rows of frames are read.
 //
@@ -31,8 +30,7 @@ constexpr int ROWS = 2 * BLOCKS_M;    // that a thread stores a part of
 constexpr int AHEAD = BM * BN > 256 * 96 ? 0 : ROWS;  // of these, whose residual fits in registers beside the sums
 constexpr int A_STAGE = (TILE_W + 2) * COLUMN;
 constexpr int B_TAP = BN * ROW, B_STAGE = 3 * B_TAP;
-constexpr int CHUNKS = (CHANNELS + KC - 1) / KC;
-constexpr int DEPTH = CHANNELS < KC ? (CHANNELS + 15) / 16 * 16 : KC;  // channels of a step that are multiplied
+constexpr int CHUNKS = CHANNELS / KC;
 constexpr int STEPS = 3 * TAPS * CHUNKS;
 constexpr int N_TILES = OUTPUTS / BN;
 static_assert(BN % 32 == 0, "four lanes store four groups of 8 outputs");
@@ -44,10 +42,10 @@ __device__ __forceinline__ void fetch_frames(u32 to, const TensorMap* map, u32 b
         ::"r"(to), "l"(map), "r"(bar), "r"(c), "r"(y), "r"(x), "r"(t) : "memory");
 }
 
-__device__ __forceinline__ void fetch_weights(u32 to, const TensorMap* map, u32 bar, int c, int tap, int o) {
+__device__ __forceinline__ void fetch_weights(u32 to, const TensorMap* map, u32 bar, int k, int o) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
-        ::"r"(to), "l"(map), "r"(bar), "r"(c), "r"(tap), "r"(o) : "memory");
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+        ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(o) : "memory");
 }
 
 // Matrix descriptor of rows of 64 bytes in the copy engine's swizzle (PTX ISA, "Matrix Descriptor Format").
@@ -139,7 +137,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
                                  tile.t + row / 3);
 #pragma unroll
                     for (int dx = 0; dx < 3; ++dx)
-                        fetch_weights(b_base + stage * B_STAGE + dx * B_TAP, &weights, bar, c, row * 3 + dx, tile.o);
+                        fetch_weights(b_base + stage * B_STAGE + dx * B_TAP, &weights, bar,
+                                      (row * 3 + dx) * CHANNELS + c, tile.o);
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                 }
             }
@@ -164,9 +163,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
                 }
             }
             int before = -1;  // the stage whose products may still run
-#if CHANNELS < 32  // all of a few steps unrolled, the compiler makes each wait for the one before
-#pragma unroll 1
-#endif
             for (int step = 0; step < STEPS; ++step) {
                 barrier_wait(full + 8 * stage, phase);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -175,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) conv_window(
 #pragma unroll
                 for (int dx = 0; dx < 3; ++dx)
 #pragma unroll
-                    for (int k = 0; k < DEPTH / 16; ++k)  // 16 channels are 32 bytes; a descriptor counts in 16
+                    for (int k = 0; k < KC / 16; ++k)  // 16 channels are 32 bytes; a descriptor counts in 16
 #pragma unroll
                         for (int m = 0; m < BLOCKS_M; ++m)
                             wgmma(sums[m], a + (dx * COLUMN + m * 64 * ROW + k * 32) / 16,

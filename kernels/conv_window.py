@@ -36,9 +36,6 @@ from wanrt_kernels.hopper import (
 
 SWITCH = "WANRT_HOPPER_CONV"  # 0: off, to compare, or for a device that hangs: this kernel waits for the copy engine
 CHUNK, TILE_HEIGHT, THREADS = 32, 8, 384  # channels of a step, rows of a tile, threads of a block
-# Channels to pad a picture's three to: a pixel is 16 bytes then, the least that the copy engine steps by. It fills up
-# to CHUNK; with CHUNK itself here nothing is left to it.
-PIXEL_CHANNELS = 8
 SLACK_BYTES = 1024 + 256  # for alignment, and for the barriers
 # (pixels, outputs) of a tile: what a product costs in it, relative: small ones read more of the L2 cache for each. From
 # the times of every tile on an H100 (PyTorch 2.11, fp16) in the nine shapes of tests/kernels/test_conv_window.py.
@@ -129,7 +126,7 @@ def forms(channels: int, outputs: int, kind: str, taps: int = 3) -> tuple[ConvCo
     return tuple(
         ConvConfig(channels, outputs, pixels, columns, kind, taps)
         for pixels, columns in TILES
-        if (channels % CHUNK == 0 or channels == PIXEL_CHANNELS) and outputs % columns == 0
+        if channels % CHUNK == 0 and outputs % columns == 0
     )
 
 
@@ -228,9 +225,7 @@ def launch(
             tensor_map(
                 window.transpose(1, 2), (CHUNK, TILE_HEIGHT, form.tile_width + 2, 1), code, swizzle=2 * CHUNK
             ),
-            tensor_map(
-                weight.unflatten(1, (-1, form.channels)), (CHUNK, 1, form.columns), code, swizzle=2 * CHUNK
-            ),
+            tensor_map(weight, (CHUNK, form.columns), code, swizzle=2 * CHUNK),
             *(_address(x) for x in (out, bias, residual)),
             *(ctypes.c_int(value) for value in (turns, across, down, height, width, first, last)),
         )

@@ -1,7 +1,6 @@
 """The Hopper convolution: its forms and source here, its numbers on a GPU."""
 
 import ctypes
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ import torch.nn.functional as F
 from wanrt_kernels import nvrtc
 from wanrt_kernels.conv_window import (
     CHUNK,
-    PIXEL_CHANNELS,
     SHARED_BYTES,
     SLACK_BYTES,
     TILE_HEIGHT,
@@ -26,7 +24,6 @@ from wanrt_kernels.conv_window import (
 )
 
 SHAPES = [(96, 96), (192, 192), (192, 384), (384, 384), (384, 192)]  # of the Wan VAE's decoder
-PIXELS = (PIXEL_CHANNELS, 96)  # of its encoder's first convolution
 
 
 def draw(*shape, device="cpu", dtype=torch.float32, scale=1.0):
@@ -68,7 +65,7 @@ def test_rows_outside_the_picture_are_refused(rows):
         conv_window(draw(3, 6, 4, 96), draw(96, 27 * 96), rows)
 
 
-@pytest.mark.parametrize(("channels", "outputs"), [*SHAPES, PIXELS])
+@pytest.mark.parametrize(("channels", "outputs"), SHAPES)
 def test_forms_fill_shared_memory_and_cover_the_channels(channels, outputs):
     found = forms(channels, outputs, "f16")
     assert len(found) == (2 if outputs % 192 else 4)
@@ -109,7 +106,6 @@ def test_what_does_not_fit_is_not_added(monkeypatch, more, message):
 def test_other_sizes_have_no_form():
     assert forms(16, 16, "f16") == ()
     assert forms(96, 8, "f16") == ()
-    assert forms(PIXEL_CHANNELS, 8, "f16") == ()
     assert "not a CUDA device" in why_not(torch.device("cpu"), 96, 96, torch.float16)
     with pytest.raises(ValueError, match="not a CUDA device; use conv_window_ref"):
         conv_window(draw(3, 4, 4, 96), draw(96, 27 * 96))
@@ -162,7 +158,7 @@ def test_tiles_cover_pictures_that_they_do_not_divide():
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
-@pytest.mark.parametrize(("channels", "outputs"), [*SHAPES, PIXELS])
+@pytest.mark.parametrize(("channels", "outputs"), SHAPES)
 def test_every_form_compiles(channels, outputs, kind):
     try:
         nvrtc.nvrtc()
@@ -197,7 +193,7 @@ def error(got, want):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("taps", [3, 1])
 @pytest.mark.parametrize("clip", [(1, 5, 7), (2, 40, 72), (3, 33, 50), (1, 40, 288)])
-@pytest.mark.parametrize(("channels", "outputs"), [*SHAPES, PIXELS])
+@pytest.mark.parametrize(("channels", "outputs"), SHAPES)
 def test_as_exact_as_cudnn(channels, outputs, clip, taps, dtype):
     reason = unsupported(torch.device("cuda", 0), channels, outputs, dtype)
     if reason is not None:
@@ -238,7 +234,7 @@ def test_rows_are_those_of_the_whole_to_the_last_bit(monkeypatch, channels, outp
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("taps", [3, 1])
 @pytest.mark.parametrize("clip", [(1, 5, 7), (2, 33, 50), (1, 160, 288)])
-@pytest.mark.parametrize(("channels", "outputs"), [(96, 96), (192, 384), PIXELS])
+@pytest.mark.parametrize(("channels", "outputs"), [(96, 96), (192, 384)])
 def test_bias_and_residual_are_added_before_rounding(channels, outputs, clip, taps, dtype):
     reason = unsupported(torch.device("cuda", 0), channels, outputs, dtype)
     if reason is not None:
@@ -305,28 +301,3 @@ def test_the_copy_engine_gets_sizes_innermost_first(monkeypatch):
     assert ctypes.addressof(described) % 64 == 0
     strides = [6 * 96 * 2, 96 * 2, 5 * 6 * 96 * 2]
     assert seen == [(6, 4, [96, 5, 6, 4], strides, [32, 8, 34, 1], [1, 1, 1, 1], (0, 2, 3, 0))]
-
-
-def test_what_a_pixel_lacks_of_a_chunk_lies_outside_the_tensors(monkeypatch):
-    """The copy engine fills it with zeros; it steps by multiples of 16 bytes."""
-    from wanrt_kernels import conv_window as module
-
-    seen = []
-
-    class Driver:
-        def cuTensorMapEncodeTiled(self, described, code, rank, address, sizes, strides, box, steps, *rest):
-            seen.append((list(sizes), list(strides), list(box)))
-            return 0
-
-    class Properties:
-        multi_processor_count = 132
-
-    monkeypatch.setattr(nvrtc, "driver", Driver)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    monkeypatch.setattr(module, "_function", lambda form, device: lambda *arguments: None)
-    window = torch.zeros(1, 16, 40, 8, dtype=torch.float16)
-    launch(window, torch.zeros(96, 72, dtype=torch.float16), ConvConfig(8, 96, 256, 96, "f16", taps=1))
-    frames, weights = seen
-    assert frames == ([8, 16, 40, 1], [40 * 16, 16, 16 * 40 * 16], [CHUNK, TILE_HEIGHT, 34, 1])
-    assert weights == ([8, 9, 96], [16, 9 * 16], [CHUNK, 1, 96])

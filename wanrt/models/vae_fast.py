@@ -10,8 +10,8 @@
 - Nearest upsampling followed by a 3x3 convolution reads each input pixel up to nine times through four phases.
   Summing the taps that meet the same pixel gives four 2x2 kernels: one convolution with 4 C outputs on the small
   picture, 4/9 of the arithmetic; `norm_stack` reads its output in picture order.
-- The decoder's affine un-normalisation and `conv2` are one 16-wide matrix in fp32. The encoder's `conv1` and
-  normalisation are folded into the convolution before them.
+- The decoder's affine un-normalisation and `conv2` are one 16-wide matrix in fp32. The `conv1` behind the encoder and
+  the normalisation are folded into its last convolution, and the bias of its first one into that one's weights.
 
 A biased convolution would cost PyTorch one more pass over its output, so cuDNN's biases are kept apart and ride
 along in `Pending`. Batch is 1. Layout inside is [T, H, W, C]; a `VaeState` slot ([1, C, 2, H, W] in channels_last_3d
@@ -40,11 +40,12 @@ from wanrt.models.vae import (
     WanVae,
     convolve_window,
 )
-from wanrt_kernels.conv_window import PIXEL_CHANNELS, conv_window, why_not
+from wanrt_kernels.conv_window import conv_window, why_not
 from wanrt_kernels.norm_stack import NO_MARGIN, Margin, norm_stack
 from wanrt_kernels.softmax_rows import softmax_rows
 
 TENSOR_CORE_CHANNELS = 8  # cuDNN's tensor-core kernels want channel counts that divide by 8
+COLOURS = 3
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Pending:
     shuffled: bool = False
     margin: Margin = NO_MARGIN
 
+    @property
+    def complete(self) -> bool:
+        """Whether `x` is the total already."""
+        return self.bias is None and self.residual is None and not self.shuffled
+
     def finish(
         self,
         scale: Tensor | None = None,
@@ -70,10 +76,10 @@ class Pending:
         window: bool = False,
         keep: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Add, normalise, and put together with the past; see `norm_stack`. With nothing to add, the total is `x`."""
-        nothing_to_add = self.bias is None and self.residual is None and not self.shuffled
-        if nothing_to_add and scale is None and state is None:
-            return self.x, self.x if keep else None
+        """Add, normalise, and put together with the past; see `norm_stack`. `keep`: return the total too."""
+        kept = self.x if keep and self.complete else None
+        if self.complete and scale is None and state is None:
+            return self.x, kept
         y, total = norm_stack(
             self.x,
             scale,
@@ -84,9 +90,9 @@ class Pending:
             margin=self.margin,
             silu=silu,
             window=window,
-            keep_total=keep and not nothing_to_add,
+            keep_total=keep and not self.complete,
         )
-        return y, self.x if keep and nothing_to_add else total
+        return y, total if kept is None else kept
 
 
 def conv2d_nhwc(x: Tensor, weight: Tensor, *, padding: int = 1, stride: int = 1) -> Tensor:
@@ -120,9 +126,10 @@ class FastConv(nn.Module):
         conv: whose weights are repacked.
         dtype: of the copies.
         frames: that a stream under way brings at a time. For one, cuDNN is better off with a stack.
-        pad_in, pad_out: zero channels to add.
+        pad_out: channels of zeros to add to its results.
 
     Attributes:
+        biased: whether it has a bias; without, `bias` is zeros.
         windows: whether it takes windows of a stream under way, or stacks.
         why_cudnn: None, or why cuDNN convolves them.
         unread: rows of its results, at the top and the bottom, that nobody reads; (0, 0) unless set from outside.
@@ -132,13 +139,12 @@ class FastConv(nn.Module):
     last: Tensor
     bias: Tensor
 
-    def __init__(
-        self, conv: CausalConv3d, dtype: torch.dtype, frames: int = 1, *, pad_in: int = 0, pad_out: int = 0
-    ) -> None:
+    def __init__(self, conv: CausalConv3d, dtype: torch.dtype, frames: int = 1, *, pad_out: int = 0) -> None:
         super().__init__()
         self.path = conv.path
+        self.biased = conv.bias is not None
         self.unread = (0, 0)
-        weight = F.pad(conv.weight.detach().float(), (0, 0) * 3 + (0, pad_in, 0, pad_out))
+        weight = F.pad(conv.weight.detach().float(), (0, 0) * 4 + (0, pad_out))
         self.why_cudnn: str | None = "not 3x3x3"
         if conv.kernel_size == (3, 3, 3):
             self.why_cudnn = why_not(weight.device, weight.shape[1], weight.shape[0], dtype)
@@ -152,31 +158,30 @@ class FastConv(nn.Module):
         self.register_buffer("bias", F.pad(_bias_of(conv).float(), (0, pad_out)))
 
     def pending(self, x: Tensor, skip: Tensor | None = None) -> Pending:
-        """The convolution of `x` plus bias and `skip` [T, H, W, O]: the sum, or with cuDNN what remains to be added."""
+        """The convolution of `x` plus bias and `skip` [T, H, W, O], which cuDNN leaves to be added."""
         if self.why_cudnn is None:
-            return Pending(self(x, skip))
-        return Pending(self(x), self.bias, skip)
+            return Pending(self(x, self.bias, skip))
+        return Pending(self(x), self.bias if self.biased else None, skip)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Convolve a window [T + 2, H, W, C], stacks [T, H, W, 3C], or a lone frame [1, H, W, C] of a start.
 
-        wanrt's own kernel adds the bias and `skip`; cuDNN neither.
+        Only wanrt's own kernel takes a `bias` and a `residual` to add.
         """
         if self.why_cudnn is None:
-            return self._by_kernel(x, skip)
+            return self._by_kernel(x, bias, residual)
+        assert bias is None
+        assert residual is None
         if x.shape[-1] != self.last.shape[1]:
             return conv2d_nhwc(x, self.steady, padding=self.last.shape[-1] // 2)
         if self.windows and x.shape[0] > 1:
             return conv3d_nhwc(x, self.steady)
         return conv2d_nhwc(x, self.last, padding=self.last.shape[-1] // 2)
 
-    def _by_kernel(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        if x.shape[0] > 1:
-            weight = self.steady.permute(0, 2, 3, 4, 1).flatten(1)
-        else:
-            weight = self.last.permute(0, 2, 3, 1).flatten(1)
+    def _by_kernel(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        weight = self.steady if x.shape[0] > 1 else self.last
         rows = self.unread[0], x.shape[1] - self.unread[1]
-        return conv_window(x, weight, rows, bias=self.bias, residual=skip)
+        return conv_window(x, weight.movedim(1, -1).flatten(1), rows, bias=bias, residual=residual)
 
 
 class Stream:
@@ -378,7 +383,10 @@ FAST_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 class FastHalf(nn.Module):
-    """conv1, the blocks and the head of an encoder or decoder; `last`: in place of the head's convolution."""
+    """conv1, the blocks and the head of an encoder or decoder.
+
+    `first` and `last` take the place of conv1 and of the head's convolution.
+    """
 
     scale: Tensor
 
@@ -387,14 +395,14 @@ class FastHalf(nn.Module):
         half: Encoder | Decoder,
         dtype: torch.dtype,
         *,
-        pad_in: int = 0,
-        pad_out: int = 0,
+        first: CausalConv3d | None = None,
         last: CausalConv3d | None = None,
+        pad_out: int = 0,
     ) -> None:
         super().__init__()
         head: Any = half.head
-        last = last or head["2"]
-        self.conv1 = FastConv(half.conv1, dtype, pad_in=pad_in)
+        first, last = first or half.conv1, last or head["2"]
+        self.conv1 = FastConv(first, dtype)
         self.blocks, frames = nn.ModuleList(), 1
         for block in half.blocks():
             self.blocks.append(FAST_BLOCKS[type(block)](block, dtype, frames))
@@ -417,18 +425,33 @@ class FastHalf(nn.Module):
 
 
 @torch.no_grad()
+def fold_bias(conv: CausalConv3d) -> CausalConv3d:
+    """The encoder's first convolution for a `FastVae.frame_buffer`: the ones, at the middle tap, weigh the bias.
+
+    Added later, it would cost a pass over the encoder's largest map: the skip connection wants the sum.
+    """
+    weight = F.pad(conv.weight.float(), (0, 0) * 3 + (0, TENSOR_CORE_CHANNELS - COLOURS))
+    weight[:, COLOURS, -1, 1, 1] = _bias_of(conv)
+    return _convolution(weight, None, conv.path)
+
+
+@torch.no_grad()
 def fold_normalisation(vae: WanVae) -> CausalConv3d:
     """`(conv1(head(h)) - mean) / std` as one convolution, folded in fp32: to the mean, without the log-variance."""
     mean, std = vae.mean.flatten().float(), vae.std.flatten().float()
     z, head = vae.config.z_dim, cast(CausalConv3d, vae.encoder.head["2"])
     matrix = vae.conv1.weight.float().flatten(1)[:z] / std[:, None]
     bias = matrix @ _bias_of(head).float() + (_bias_of(vae.conv1).float()[:z] - mean) / std
+    return _convolution(torch.einsum("zo,octhw->zcthw", matrix, head.weight.float()), bias, head.path)
+
+
+def _convolution(weight: Tensor, bias: Tensor | None, path: str) -> CausalConv3d:
     with torch.device("meta"):  # initialises nothing, draws no random numbers
-        folded = CausalConv3d(head.in_channels, z, (3, 3, 3))
-    folded.weight = nn.Parameter(torch.einsum("zo,octhw->zcthw", matrix, head.weight.float()))
-    folded.bias = nn.Parameter(bias)
-    folded.path = head.path
-    return folded
+        conv = CausalConv3d(weight.shape[1], weight.shape[0], (3, 3, 3))
+    conv.weight = nn.Parameter(weight)
+    conv.bias = None if bias is None else nn.Parameter(bias)
+    conv.path = path
+    return conv
 
 
 class FastVae(nn.Module):
@@ -453,9 +476,11 @@ class FastVae(nn.Module):
         self.config = vae.config
         self.dtype = dtype
         self.encode_dtype = encode_dtype
-        self.decoder = FastHalf(vae.decoder, dtype, pad_out=-3 % TENSOR_CORE_CHANNELS)
-        last = fold_normalisation(vae)
-        self.encoder = FastHalf(vae.encoder, encode_dtype, pad_in=PIXEL_CHANNELS - 3, last=last)
+        self.decoder = FastHalf(vae.decoder, dtype, pad_out=TENSOR_CORE_CHANNELS - COLOURS)
+        # With 8 channels the first convolution is cuDNN's: 53 us at 576x320 (H100, fp16). A form of wanrt's own kernel
+        # for them took 80 us in its best tile, and 131 in the other.
+        first, last = fold_bias(vae.encoder.conv1), fold_normalisation(vae)
+        self.encoder = FastHalf(vae.encoder, encode_dtype, first=first, last=last)
         self._fold_entry(vae)
 
     def _fold_entry(self, vae: WanVae) -> None:
@@ -501,16 +526,20 @@ class FastVae(nn.Module):
         """
         if pixels.shape[:3] != (1, 3, 1):
             raise ValueError(f"got pixels of shape {list(pixels.shape)}, expected [1, 3, 1, H, W]: one frame")
-        pad, inside = self.frame_pad(*pixels.shape[3:])
+        buffer, inside = self.frame_buffer(*pixels.shape[3:])
         inside.copy_(pixels)
-        return self.encode_pad(pad)
+        return self.encode_buffer(buffer)
 
-    def frame_pad(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Memory for one frame as the encoder reads it, [1, H, W, 8] zeros, and the pixels in it, [1, 3, 1, H, W]."""
-        pad = self.to_raw.new_zeros(1, height, width, PIXEL_CHANNELS, dtype=self.encode_dtype)
-        return pad, pad[..., :3].permute(3, 0, 1, 2)[None]
+    def frame_buffer(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Memory for one frame as the encoder reads it, and the pixels in it, [1, 3, 1, H, W].
+
+        That is [1, H, W, 8]: three colours, ones for `fold_bias`, zeros.
+        """
+        buffer = self.to_raw.new_zeros(1, height, width, TENSOR_CORE_CHANNELS, dtype=self.encode_dtype)
+        buffer[..., COLOURS] = 1
+        return buffer, buffer[..., :COLOURS].permute(3, 0, 1, 2)[None]
 
     @torch.no_grad()
-    def encode_pad(self, pad: Tensor) -> Tensor:
-        """As `encode_frame` for a frame whose pixels were copied into a `frame_pad`."""
-        return self.encoder(pad, None).permute(3, 0, 1, 2)[None]
+    def encode_buffer(self, buffer: Tensor) -> Tensor:
+        """As `encode_frame` for a frame whose pixels were copied into a `frame_buffer`."""
+        return self.encoder(buffer, None).permute(3, 0, 1, 2)[None]

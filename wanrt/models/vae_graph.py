@@ -93,13 +93,13 @@ class GraphedVae:
         self._state = vae.decoder_state()
         device = vae.to_raw.device
         latent = torch.zeros(1, vae.config.z_dim, 1, height // 8, width // 8, device=device)
-        pad, pixels = vae.frame_pad(height, width)  # calls copy straight into the encoder's layout
+        buffer, pixels = vae.frame_buffer(height, width)  # calls copy straight into the encoder's layout
         self._captured: list[GraphedCall] = []
         try:
             with torch.cuda.device(device):
                 self._first = self._capture(self._decode_as(started=False), latent)
                 self._next = self._capture(self._decode_as(started=True), latent)
-                self._encode = self._capture(lambda _: vae.encode_pad(pad), pixels)
+                self._encode = self._capture(lambda _: vae.encode_buffer(buffer), pixels)
         except BaseException:
             self.close()
             raise
