@@ -56,6 +56,7 @@ def add_norm_ref(
     eps: float,
     plus_one: bool = True,
     normed_dtype: torch.dtype | None = None,
+    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute what `add_norm` computes, in plain differentiable PyTorch. Same arguments, same results."""
     frames = frames_of(gate, scale)
@@ -66,7 +67,10 @@ def add_norm_ref(
     normed = torch.nn.functional.layer_norm(total, total.shape[-1:], eps=eps)
     factor = _rows(scale) + 1 if plus_one else _rows(scale)
     normed = torch.addcmul(_rows(shift), normed, factor).flatten(1, 2).to(normed_dtype or x.dtype)
-    return x if update is None else total.flatten(1, 2).to(x.dtype), normed
+    if update is None:
+        return x, normed
+    total = total if ahead is None else total + ahead.float()
+    return total.flatten(1, 2).to(x.dtype), normed
 
 
 def add_norm_rows_ref(
@@ -113,12 +117,12 @@ if triton is not None:
 
     @triton.jit
     def _add_norm_kernel(
-        x_ptr, update_ptr, gate_ptr, scale_ptr, shift_ptr, total_ptr, out_ptr, row_scale_ptr,
+        x_ptr, update_ptr, gate_ptr, scale_ptr, shift_ptr, ahead_ptr, total_ptr, out_ptr, row_scale_ptr,
         tokens, frame_tokens,
         gate_batch, gate_frame, scale_batch, scale_frame, shift_batch, shift_frame,
         EPS: tl.constexpr,  # as an argument, torch.compile would make it, and all that meets it, fp64
         C: tl.constexpr, BLOCK: tl.constexpr,
-        HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr, PLUS_ONE: tl.constexpr,
+        HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr, HAS_AHEAD: tl.constexpr, PLUS_ONE: tl.constexpr,
         QUANTISE: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
@@ -133,7 +137,10 @@ if triton is not None:
             if HAS_GATE:
                 update *= tl.load(gate_ptr + batch * gate_batch + frame * gate_frame + channel, mask, 0.0)
             total += update
-            tl.store(total_ptr + here, total.to(total_ptr.dtype.element_ty), mask)
+            stored = total
+            if HAS_AHEAD:
+                stored += tl.load(ahead_ptr + channel, mask, 0.0).to(tl.float32)
+            tl.store(total_ptr + here, stored.to(total_ptr.dtype.element_ty), mask)
         normed = normalise_row(
             total, mask,
             scale_ptr + batch * scale_batch + frame * scale_frame + channel,
@@ -156,8 +163,9 @@ def add_norm(
     eps: float,
     plus_one: bool = True,
     normed_dtype: torch.dtype | None = None,
+    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`total = x + update * gate`; `normed = LayerNorm(total) * (1 + scale) + shift`.
+    """`total = x + update * gate + ahead`; `normed = LayerNorm(x + update * gate) * (1 + scale) + shift`.
 
     Triton on CUDA; `add_norm_ref` elsewhere, and wherever a gradient is wanted.
 
@@ -169,18 +177,23 @@ def add_norm(
         eps: of the LayerNorm.
         plus_one: add 1 to `scale` (False for a plain weight).
         normed_dtype: of `normed`; None: as x.
+        ahead: [C], in x's dtype, or None: what is to be in `total` and not yet in what is normalised, as the bias of a
+            product that adds onto `total` and has no other place for it. Only with `update`.
 
     Returns:
-        `(total, normed)`, both [B, T, C], arithmetic in fp32, `normed` from the unrounded total; `total` is in x's
+        `(total, normed)`, both [B, T, C], arithmetic in fp32, `normed` from the unrounded numbers; `total` is in x's
         dtype, and is `x` itself without `update`.
 
     Raises:
         ValueError: shapes, layout or dtypes that do not fit, each with what was got and expected.
     """
     _check(x, update, gate, scale, shift)
-    if x.is_cuda and triton is not None and not needs_gradient(x, update, gate, scale, shift):
-        return launch(x, update, gate, scale, shift, eps=eps, plus_one=plus_one, normed_dtype=normed_dtype)
-    return add_norm_ref(x, update, gate, scale, shift, eps=eps, plus_one=plus_one, normed_dtype=normed_dtype)
+    _check_ahead(x, update, ahead)
+    fast = x.is_cuda and triton is not None and not needs_gradient(x, update, gate, scale, shift, ahead)
+    compute = launch if fast else add_norm_ref
+    return compute(
+        x, update, gate, scale, shift, eps=eps, plus_one=plus_one, normed_dtype=normed_dtype, ahead=ahead
+    )
 
 
 def add_norm_rows(
@@ -218,11 +231,12 @@ def launch(
     eps: float,
     plus_one: bool,
     normed_dtype: torch.dtype | None,
+    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the Triton kernel; arguments as for `add_norm`, which has checked them."""
     total = x if update is None else torch.empty_like(x)
     out = torch.empty_like(x, dtype=normed_dtype)
-    _launch(x, update, gate, scale, shift, total, out, None, eps, plus_one)
+    _launch(x, update, gate, scale, shift, ahead, total, out, None, eps, plus_one)
     return total, out
 
 
@@ -243,7 +257,7 @@ def launch_rows(
     """
     total = x if update is None else torch.empty_like(x)
     out = Rows.empty(x, dtype)
-    _launch(x, update, gate, scale, shift, total, out.values, out.scale, eps, plus_one)
+    _launch(x, update, gate, scale, shift, None, total, out.values, out.scale, eps, plus_one)
     return total, out
 
 
@@ -253,6 +267,7 @@ def _launch(
     gate: Tensor | None,
     scale: Tensor,
     shift: Tensor,
+    ahead: Tensor | None,
     total: Tensor,
     out: Tensor,
     row_scale: Tensor | None,
@@ -262,11 +277,12 @@ def _launch(
     batch, tokens, channels = x.shape
     config = AddNormConfig.for_channels(channels)
     _add_norm_kernel[(batch * tokens,)](
-        x, update, gate, scale, shift, total, out, row_scale,
+        x, update, gate, scale, shift, ahead, total, out, row_scale,
         tokens, tokens // frames_of(gate, scale),
         *frame_strides(gate), *frame_strides(scale), *frame_strides(shift),
         EPS=eps, C=channels, BLOCK=config.block,
-        HAS_UPDATE=update is not None, HAS_GATE=gate is not None, PLUS_ONE=plus_one, QUANTISE=row_scale is not None,
+        HAS_UPDATE=update is not None, HAS_GATE=gate is not None, HAS_AHEAD=ahead is not None,
+        PLUS_ONE=plus_one, QUANTISE=row_scale is not None,
         num_warps=config.warps,
     )  # fmt: skip
 
@@ -290,6 +306,17 @@ def _check(x: Tensor, update: Tensor | None, gate: Tensor | None, scale: Tensor,
             f"update: got {update.dtype} {tuple(update.shape)}; expected contiguous {x.dtype} {tuple(x.shape)}, as x"
         )
     check_modulation(x, gate, scale, shift)
+
+
+def _check_ahead(x: Tensor, update: Tensor | None, ahead: Tensor | None) -> None:
+    if ahead is None:
+        return
+    if update is None:
+        raise ValueError("ahead: got one without an update; expected both, as x itself is not written to")
+    if ahead.shape != x.shape[2:] or ahead.dtype != x.dtype or not ahead.is_contiguous():
+        raise ValueError(
+            f"ahead: got {ahead.dtype} {tuple(ahead.shape)}; expected contiguous {x.dtype} {tuple(x.shape[2:])}"
+        )
 
 
 def check_modulation(x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor) -> None:

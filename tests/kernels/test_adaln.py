@@ -24,6 +24,7 @@ CASES = [
     (1, 1, 7, 33, set()),
     (1, 2, 2, 1536, {"update", "fp32"}),
     (1, 2, 1, 5120, {"update", "gate", "affine"}),
+    (2, 2, 3, 40, {"update", "gate", "affine", "ahead"}),
 ]
 
 
@@ -48,6 +49,7 @@ def make(case, dtype, device):
         "eps": 1e-6,
         "plus_one": not affine,
         "normed_dtype": torch.float32 if "fp32" in options else None,
+        **({"ahead": draw(channels, dtype=dtype)} if "ahead" in options else {}),
     }
 
 
@@ -80,6 +82,7 @@ STEP, RARE = 2.0**-3, 2e-3  # one step of e4m3, for numbers beside a tie; and ho
 def compare_rows(case, dtype, device):
     args, options = make(case, dtype, device)
     options.pop("normed_dtype")
+    options.pop("ahead", None)
     if device == "cpu":  # Triton's interpreter misrounds to fp8, as in test_quant_rows
         total, (values, scale) = launch_rows(*args, **options, dtype=torch.float32)
         got = Rows(values.to(FP8), scale)
@@ -114,6 +117,7 @@ def test_rows_equal_reference(case, dtype):
 def test_rows_compile_into_one_graph():
     args, options = make(CASES[1], torch.float32, "cuda")
     options.pop("normed_dtype")
+    options.pop("ahead", None)
     _, got = torch.compile(lambda *a: add_norm_rows(*a, **options), fullgraph=True)(*args)
     want = add_norm_rows_ref(*args, **options)[1]
     torch.testing.assert_close(got.dequantise(), want.dequantise(), rtol=STEP, atol=1e-3)
@@ -124,6 +128,7 @@ def test_rows_are_quantised_from_unrounded_numbers():
     options["normed_dtype"] = torch.float32
     exact = add_norm_ref(*args, **options)[1]
     options.pop("normed_dtype")
+    options.pop("ahead", None)
     total, rows = add_norm_rows(*args, **options)
     assert total.dtype == torch.bfloat16
     torch.testing.assert_close(rows.scale, exact.abs().amax(-1, keepdim=True) / 448, rtol=1e-6, atol=0)
@@ -132,6 +137,7 @@ def test_rows_are_quantised_from_unrounded_numbers():
 def test_a_broken_token_breaks_its_own_row_only():
     args, options = make(CASES[0], torch.float32, "cpu")
     options.pop("normed_dtype")
+    options.pop("ahead", None)
     args[0][0, 5, 7] = torch.nan
     rows = add_norm_rows(*args, **options)[1]
     assert rows.scale.isnan().flatten().nonzero().flatten().tolist() == [5]

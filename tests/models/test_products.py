@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from wanrt.models.fp8 import apply_fp8, dequantised_product
-from wanrt.models.products import LinearGelu, fuse_gelu, join_projections
+from wanrt.models.products import LinearGelu, add_onto_residuals, fuse_gelu, join_projections
 from wanrt.models.transformer import CachePolicy, KVCache, Pass
 
 SIZE = {"dim": 64, "ffn_dim": 128, "num_heads": 2, "num_layers": 3}
@@ -97,6 +97,23 @@ def test_gelu_is_put_inside_the_product(make_transformer):
     assert error(stream(model), want) < 1e-2
 
 
+@pytest.mark.parametrize("policy", CachePolicy)
+def test_product_onto_the_residual_is_the_same_function(make_transformer, policy):
+    model = make_transformer(**SIZE)
+    want = stream(model, policy)
+    assert add_onto_residuals(model) == 3
+    assert error(stream(model, policy), want) < 1e-6
+    torch.nn.init.normal_(model.blocks[1].cross_attn.o.bias)
+    assert error(stream(model, policy), want) > 1e-3, "the bias counts"
+
+
+def test_product_that_is_no_plain_one_gives_an_update(make_transformer):
+    model = make_transformer(**SIZE)
+    apply_fp8(model, product=dequantised_product)
+    assert add_onto_residuals(model) == 0
+    assert add_onto_residuals(make_transformer(**SIZE, cross_attn_norm=False)) == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
@@ -120,4 +137,5 @@ def test_fewer_products_lose_no_precision(make_transformer):
     fewer = copy.deepcopy(model)
     join_projections(fewer)
     fuse_gelu(fewer)
+    add_onto_residuals(fewer)
     assert error(stream(fewer), exact) <= limit < 0.05

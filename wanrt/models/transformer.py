@@ -227,14 +227,30 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Attention of video tokens to the prompt, whose keys and values are computed once by `embed`."""
+    """Attention of video tokens to the prompt, whose keys and values are computed once by `embed`.
 
-    def forward(self, x: Tensor | Rows, text: LayerText, memory: Memory) -> Tensor:
-        """`[B, T, C]` and the prompt to `[B, T, C]`."""
+    Attributes:
+        adds_onto: the last product adds onto the residual, in place (`wanrt.models.products`).
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.adds_onto = False
+
+    def ahead(self) -> Tensor | None:
+        """`[C]`, what `forward` expects in the residual already: the bias that a product onto it leaves out."""
+        # compiled, a product in place is a copy and a product
+        return self.o.bias if self.adds_onto and not torch.compiler.is_compiling() else None
+
+    def forward(self, x: Tensor, y: Tensor | Rows, text: LayerText, memory: Memory) -> Residual:
+        """The residual `x` `[B, T, C]`, overwritten where `ahead` gives something; and normalised tokens y."""
         norms = self.norms()
-        q = turn(memory.ops, self.q(x), norms.query, norms, None)
-        attended = attend_text(q, text.key, text.value, text.span, backend=memory.backend)
-        return self.o(attended.flatten(-2))
+        q = turn(memory.ops, self.q(y), norms.query, norms, None)
+        attended = attend_text(q, text.key, text.value, text.span, backend=memory.backend).flatten(-2)
+        if self.ahead() is None:
+            return Residual(x, self.o(attended))
+        x.flatten(0, 1).addmm_(attended.flatten(0, 1), self.o.weight.t())
+        return Residual(x)
 
     def embed(self, text: Tensor, ops: Elementwise) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, text_len, H, D]` of text features `[B, text_len, C]`; differentiable."""
@@ -271,7 +287,7 @@ class Block(nn.Module):
         x, y = self._normed(memory.ops, residual, scale, shift, self.self_attn.q)
         residual = Residual(x, self.self_attn(y, memory), gate)
         x, y = self._norm3(memory.ops, residual)
-        residual = Residual(x, self.cross_attn(y, text, memory))
+        residual = self.cross_attn(x, y, text, memory)
         x, y = self._normed(memory.ops, residual, ffn_scale, ffn_shift, self.ffn[0])
         return Residual(x, self.ffn(y), ffn_gate)
 
@@ -288,19 +304,19 @@ class Block(nn.Module):
         scale: Tensor,
         shift: Tensor,
         reader: nn.Module,
-        *,
-        plus_one: bool = True,
+        **options: Tensor | bool,
     ) -> tuple[Tensor, Tensor | Rows]:
         """The new residual and the tokens for `reader`, quantised if it multiplies in fp8."""
         add_norm = ops.add_norm_rows if takes_rows(reader) else ops.add_norm
-        return add_norm(r.x, r.update, r.gate, scale, shift, eps=self.eps, plus_one=plus_one)
+        return add_norm(r.x, r.update, r.gate, scale, shift, eps=self.eps, **options)
 
     def _norm3(self, ops: Elementwise, r: Residual) -> tuple[Tensor, Tensor | Rows]:
         if self.norm3 is None:
             x = _add(r)
             return x, x
-        norm = self.norm3
-        return self._normed(ops, r, norm.weight, norm.bias, self.cross_attn.q, plus_one=False)
+        norm, ahead = self.norm3, self.cross_attn.ahead()
+        options = {} if ahead is None else {"ahead": ahead}
+        return self._normed(ops, r, norm.weight, norm.bias, self.cross_attn.q, plus_one=False, **options)
 
 
 def _add(r: Residual) -> Tensor:

@@ -137,12 +137,13 @@ def load_transformer(
 
 def join_products(model: WanTransformer) -> None:
     """Fewer and larger products, where the weights lie on a GPU."""
-    from wanrt.models.products import fuse_gelu, join_projections
+    from wanrt.models.products import add_onto_residuals, fuse_gelu, join_projections
 
     log.info(
-        "transformer: q, k and v as one product in %d layers, GELU inside the product in %d",
+        "transformer: q, k and v as one product in %d layers, GELU inside the product in %d, residual in %d",
         join_projections(model),
         fuse_gelu(model),
+        add_onto_residuals(model),
     )
 
 
