@@ -15,6 +15,7 @@ asks for its input in the form that its first product reads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -86,6 +87,8 @@ class TransformerConfig:
         """Numbers of one attention head."""
         return self.dim // self.num_heads
 
+
+HEAD_PARTS = 8  # of the head's inputs
 
 # Wan-Video/Wan2.1 wan/configs/wan_t2v_14B.py and wan_t2v_1_3B.py at 9737cba
 WAN_14B = TransformerConfig(dim=5120, ffn_dim=13824, num_layers=40, num_heads=40)
@@ -343,7 +346,14 @@ class Head(nn.Module):
         shift, scale = modulation.unbind(2)
         fp32 = torch.float32
         _, x = ops.add_norm(r.x, r.update, r.gate, scale, shift, eps=self.eps, normed_dtype=fp32)
-        return linear_fp32(self.head, x)
+        return linear_fp32(self.head, x) if not x.is_cuda else self._in_parts(x)
+
+    def _in_parts(self, x: Tensor) -> Tensor:
+        """`linear_fp32` with sums over inputs made in `HEAD_PARTS`: so few outputs leave most of a GPU idle else."""
+        parts = math.gcd(x.shape[-1], HEAD_PARTS)
+        weight = self.head.weight.float().unflatten(1, (parts, -1)).transpose(0, 1)
+        sums = torch.bmm(x.flatten(0, 1).unflatten(1, (parts, -1)).transpose(0, 1), weight.transpose(1, 2))
+        return (sums.sum(0) + self.head.bias.float()).unflatten(0, x.shape[:2])
 
 
 def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
