@@ -93,15 +93,16 @@ class Default:
 #
 # H100, ms a call in bf16, heads of 128, without a KV bias / with one on a third of the keys:
 #
-#   heads, queries, keys   cudnn           triton          flash           sdpa, with a mask
-#   40, 2160, 4320         0.358 / 0.372   0.418 / 0.408   0.605 / 0.621   0.554
-#   20, 2160, 4320         0.181 / 0.198   0.228 / 0.245*
-#   10, 2160, 4320         0.125 / 0.110   0.142 / 0.128
-#   40, 4680, 9360         1.662 / 1.655   2.065 / 2.040   2.698 / 2.658   2.370
-#   20, 4680, 9360         0.832 / 0.775
+#   heads, queries, keys   hopper, with   cudnn           fa4             triton          flash           sdpa, with
+#   40, 2160, 4320         0.289          0.354 / 0.372   0.305 / 0.331   0.418 / 0.408   0.605 / 0.621   0.554
+#   20, 2160, 4320         0.152          0.181 / 0.200   0.156 / 0.178   0.228 / 0.245*
+#   10, 2160, 4320         0.095          0.124 / 0.111   0.102 / 0.098   0.142 / 0.128
+#   40, 4680, 9360         1.257          1.489 / 1.535   1.458 / 1.501   2.065 / 2.040   2.698 / 2.658   2.370
+#   20, 4680, 9360         0.727          0.807 / 0.783   0.699 / 0.742
 #
+# hopper: 40 heads of its present form, 10 and 20 x 4680 of one that was 10 % slower; a bias costs it 0 to 2 %.
 # triton: tiles of 64x64; * of 128x128, which at 40 heads and 4680 queries take 1.894 / 2.010.
-# fa4 was not measured yet, and no line names it; a line that does counts only where it is installed.
+# A line that names fa4 would count only where it is installed; none does.
 CUDA_DEFAULTS = (
     Default(AttentionBackend.HOPPER, range(9, 10), head_dim=hopper.HEAD_DIM),
     Default(AttentionBackend.CUDNN, range(9, 11)),
@@ -110,9 +111,12 @@ CUDA_DEFAULTS = (
 )
 
 # As `CUDA_DEFAULTS`, for attention to a text: who takes a span. Where no line fits, AUTO takes who attends to video,
-# and all of the padding. So it does on a CPU: wan-tiny has but 32 keys, and torch's kernel for CPUs is fast for
-# multiples of 16 only. Its 336 queries take 0.24 ms with all keys, 0.64 with 13 and a mask, and 0.17 with 16 and a
-# mask, which would be 0.2 % of the passes of a chunk.
+# and all of the padding. H100, us a call with 40 heads and 2160 queries, to 25, 129, 257 and 512 keys: hopper 31, 31, 38
+# and 57, triton 34, 47, 58 and 74; cudnn to 512 keys 50.
+#
+# On a CPU AUTO attends to the padding: wan-tiny has but 32 keys, and torch's kernel for CPUs is fast for multiples of 16
+# only. Its 336 queries take 0.24 ms with all keys, 0.64 with 13 and a mask, and 0.17 with 16 and a mask, which would be
+# 0.2 % of the passes of a chunk.
 TEXT_DEFAULTS = (
     Default(AttentionBackend.HOPPER, range(9, 10), head_dim=hopper.HEAD_DIM),
     Default(AttentionBackend.TRITON, range(8, sys.maxsize)),
