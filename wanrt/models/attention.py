@@ -111,12 +111,12 @@ CUDA_DEFAULTS = (
 )
 
 # As `CUDA_DEFAULTS`, for attention to a text: who takes a span. Where no line fits, AUTO takes who attends to video,
-# and all of the padding. H100, us a call with 40 heads and 2160 queries, to 25, 129, 257 and 512 keys: hopper 31, 31, 38
-# and 57, triton 34, 47, 58 and 74; cudnn to 512 keys 50.
+# and all of the padding. H100, us a call with 40 heads and 2160 queries, to 25, 129, 257 and 512 keys: hopper 31, 31,
+# 38 and 57, triton 34, 47, 58 and 74; cudnn to 512 keys 50.
 #
-# On a CPU AUTO attends to the padding: wan-tiny has but 32 keys, and torch's kernel for CPUs is fast for multiples of 16
-# only. Its 336 queries take 0.24 ms with all keys, 0.64 with 13 and a mask, and 0.17 with 16 and a mask, which would be
-# 0.2 % of the passes of a chunk.
+# On a CPU AUTO attends to the padding: wan-tiny has but 32 keys, and torch's kernel for CPUs is fast for multiples of
+# 16 only. Its 336 queries take 0.24 ms with all keys, 0.64 with 13 and a mask, and 0.17 with 16 and a mask, which would
+# be 0.2 % of the passes of a chunk.
 TEXT_DEFAULTS = (
     Default(AttentionBackend.HOPPER, range(9, 10), head_dim=hopper.HEAD_DIM),
     Default(AttentionBackend.TRITON, range(8, sys.maxsize)),
