@@ -109,8 +109,10 @@ struct Segment {
     int tile, first, last;
 };
 
+// The segments of a block of threads: whole tiles in turn with the others, then its run of the blocks of keys ("units") of
+// the shared ones.
 struct Walk {
-    int turn, unit, end, blocks;
+    int turn, unit, end, blocks;  // blocks: of keys, a tile
 
     __device__ __forceinline__ Walk(const Call& call) : turn(blockIdx.x), unit(0), end(0) {
         blocks = (call.keys + KEYS - 1) / KEYS;
@@ -148,7 +150,7 @@ struct Walk {
 // What the workers are to do next: blocks of keys [first, last) of a tile of queries.
 struct Order {
     int query, head, batch, keys;  // the tile's first token; how many keys there are
-    int first, last, shared;       // shared: the number of the tile among those that are, or -1
+    int first, last, shared;       // shared: the number of the tile among the shared ones, if this is a part of it; or -1
     int unused;
 
     // The workers' last order.

@@ -33,17 +33,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from wanrt.errors import RunError
+from wanrt.models.config import TransformerConfig
 from wanrt.models.rope import RopeTable
 from wanrt_kernels.rope_norm import rope_norm
-
-if TYPE_CHECKING:
-    from wanrt.models.transformer import TransformerConfig
 
 
 class CallOrderError(RunError):
