@@ -28,8 +28,8 @@ from wanrt.script.findings import in_file, report
 from wanrt.script.source import Source, parse
 
 if TYPE_CHECKING:
+    from wanrt.models.config import TransformerConfig
     from wanrt.models.text_encoder import TextEncoderConfig
-    from wanrt.models.transformer import TransformerConfig
     from wanrt.models.vae import VaeConfig
 
 PRESET_PACKAGE = "wanrt_presets"  # the folder `presets/`, also inside the wheel
@@ -185,8 +185,8 @@ class Preset(Table):
         return self.sampling.timesteps()
 
     def transformer_config(self) -> TransformerConfig:
-        """The transformer's configuration (imports torch)."""
-        from wanrt.models.transformer import TransformerConfig
+        """The transformer's configuration."""
+        from wanrt.models.config import TransformerConfig
 
         return TransformerConfig(**self.transformer.model_dump())
 

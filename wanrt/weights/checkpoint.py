@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from wanrt.errors import WeightsError
+from wanrt.models.config import TransformerConfig
 from wanrt.models.text_encoder import TextEncoderConfig
-from wanrt.models.transformer import TransformerConfig
 from wanrt.models.vae import VaeConfig
 from wanrt.weights.names import Kind, Naming, identify_names, to_original, unwrap_names
 from wanrt.weights.sources import MODEL_ENTRIES, Index, TensorSource, open_source

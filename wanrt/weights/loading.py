@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wanrt.errors import WeightsError
+from wanrt.models.config import TransformerConfig
 from wanrt.models.fp8 import Fp8Linear, quantised_weight
 from wanrt.models.text_encoder import TextEncoderConfig, UMT5Encoder
 from wanrt.models.tokenizer import PromptTokenizer
-from wanrt.models.transformer import TransformerConfig, WanTransformer
+from wanrt.models.transformer import WanTransformer
 from wanrt.models.vae import VaeConfig, WanVae
 from wanrt.weights.checkpoint import Checkpoint, describe_sizes, open_checkpoint, with_statistics
 from wanrt.weights.lora import BASE_ENTRIES, merge_lora

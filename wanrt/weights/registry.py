@@ -166,8 +166,8 @@ def fits(preset: Preset, part: str, checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is of this part's kind and sizes; what no shape tells is left out of the comparison."""
     from dataclasses import replace
 
+    from wanrt.models.config import TransformerConfig
     from wanrt.models.text_encoder import TextEncoderConfig
-    from wanrt.models.transformer import TransformerConfig
     from wanrt.models.vae import VaeConfig
 
     match part, checkpoint.config:
