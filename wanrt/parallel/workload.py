@@ -33,6 +33,7 @@ RUNTIME = int(
 class Workload:
     """The sizes of one job. `steps`: denoising steps of a chunk.
 
+    prompt_tokens: of a prompt as Wan's own extension writes one, and as `wanrt bench` takes; no more than `text_len`.
     element: bytes of a transformer weight and of an activation; fp8: the large products' weights take one byte, as
     `wanrt.models.fp8.plan_for` names them.
     """
@@ -55,6 +56,7 @@ class Workload:
     vae_blocks: int = 2  # residual blocks of a level
     vae_splits: bool = True  # whether this kind of VAE can be split over devices
     fp8: bool = False
+    prompt_tokens: int = 128
 
     @classmethod
     def of(cls, job: RenderJob) -> Workload:
@@ -86,6 +88,11 @@ class Workload:
     def frame_tokens(self) -> int:
         """Tokens of a latent frame."""
         return (self.width // 16) * (self.height // 16)
+
+    @property
+    def prompt_keys(self) -> int:
+        """Keys of a prompt: its own and one for all of its padding, as `wanrt.models.attention.attend_text` takes."""
+        return min(self.prompt_tokens + 1, self.text_len)
 
     @property
     def pixels(self) -> int:
@@ -268,5 +275,5 @@ def operations(work: Workload) -> tuple[float, float]:
     """Floating point operations of one chunk's forwards: (matrix products, attention)."""
     d, f = work.dim, work.ffn_dim
     products = sum(2.0 * tokens * (6 * d * d + 2 * d * f) for tokens, _ in work.passes())
-    attention = sum(4.0 * tokens * (keys + work.text_len) * d for tokens, keys in work.passes())
+    attention = sum(4.0 * tokens * (keys + work.prompt_keys) * d for tokens, keys in work.passes())
     return work.layers * products, work.layers * attention
