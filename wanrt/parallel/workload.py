@@ -223,6 +223,8 @@ def exchange_buffers(work: Workload, topology: Topology) -> int:
     their scales. Those of `PeerMemory`: queries, outputs, and a commit's raw keys.
     """
     chunk, n, element = CHUNK * work.frame_tokens, topology.mesh, work.element
+    if n == 1:
+        return 0
     tokens = max(work.window * work.frame_tokens, chunk) if work.recompute else chunk
     if topology.kind is MeshKind.TP:
         head = 0 if element == FP32_BYTES else FP32_BYTES * chunk * work.dim
