@@ -109,6 +109,13 @@ def test_ulysses_moves_a_quarter_to_a_third_of_what_tensor_parallelism_moves():
         assert ulysses / tp == pytest.approx(share)
 
 
+def test_fp8_halves_what_tensor_parallelism_gathers_in_shared_memory():
+    work, two = replace(KREA, fp8=True), Topology.parse("tp=2")
+    share = traffic(work, two).mesh / traffic(KREA, two).mesh
+    assert share == pytest.approx(1 - 38 / 40 / 4)
+    assert traffic(work, two, shared=False) == traffic(KREA, two, shared=False) == traffic(KREA, two)
+
+
 @pytest.mark.parametrize(("n", "tp", "ulysses"), [(2, 95, 38), (4, 142, 26)])
 def test_communication_of_one_forward_through_the_host(n, tp, ulysses):
     """Measured on H200 with NCCL, 2160 tokens, 40 layers; the model has one bandwidth a collective, so within 20 %."""

@@ -95,7 +95,8 @@ def mesh_ms(work: Workload, topology: Topology, device: Device, link: Link) -> f
     fixed = device.layer * work.layers * len(work.passes())
     rates = LINKS[link]
     rate = rates.reduce if topology.kind is MeshKind.TP else rates.exchange
-    return split + fixed + traffic(work, topology).mesh / rate * 1e-6
+    sent = traffic(work, topology, shared=link is Link.NVLINK).mesh
+    return split + fixed + sent / rate * 1e-6
 
 
 def vae_ms(

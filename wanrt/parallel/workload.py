@@ -250,19 +250,21 @@ class Traffic:
     pixels: int = 0
 
 
-def traffic(work: Workload, topology: Topology) -> Traffic:
-    """What moves between devices for one chunk.
+def traffic(work: Workload, topology: Topology, *, shared: bool = True) -> Traffic:
+    """What moves between devices for one chunk. shared: the mesh's ranks reach each other's memory.
 
-    A ring all-reduce of x bytes sends 2 x (N-1)/N a rank; an all-to-all of a 1/N share sends x (N-1)/N^2. Tensor
-    parallelism has three of the former a layer, Ulysses four of the latter (q, k, v there, the output back).
+    An all-reduce of x bytes sends x (N-1)/N a rank to sum and as much to gather; an all-to-all of a 1/N share sends
+    x (N-1)/N^2. Tensor parallelism has three of the former a layer, Ulysses four of the latter (q, k, v there, the
+    output back). In shared memory tensor parallelism gathers what the next product takes, in fp8 a byte a value.
     """
     n = topology.mesh
-    tokens = sum(tokens for tokens, _ in work.passes())
-    activation = tokens * work.dim * work.element * work.layers
+    values = sum(tokens for tokens, _ in work.passes()) * work.dim * work.layers
+    quantised = work.fp8_layers / work.layers if work.fp8 and shared else 0.0
+    gathered = quantised + (1 - quantised) * work.element
     mesh = {
         MeshKind.SINGLE: 0.0,
-        MeshKind.TP: 3 * 2 * (n - 1) / n * activation,
-        MeshKind.ULYSSES: 4 * (n - 1) / n**2 * activation,
+        MeshKind.TP: 3 * (n - 1) / n * (work.element + gathered) * values,
+        MeshKind.ULYSSES: 4 * (n - 1) / n**2 * work.element * values,
     }[topology.kind]
     latent = LATENT_CHANNELS * (work.height // 8) * (work.width // 8) * 4
     element = 4 if work.element == 4 else 2
