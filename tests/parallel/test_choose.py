@@ -122,7 +122,7 @@ def test_the_plan_of_eight_devices():
 
 def test_a_plan_without_figures_says_how_to_get_them():
     shown = text(make_plan(job(topology="auto"), Machine(1, "some GPU", 80 * GIB)))
-    assert "predicted  nothing; figures: none for some GPU (H200 known); measure with" in shown
+    assert "predicted  nothing; figures: none for some GPU (H100, H200 known); measure with" in shown
 
 
 def test_the_machine_asked_about():

@@ -80,6 +80,18 @@ def test_a_rank_fills_a_model_on_meta_from_its_slices(on_ranks, tmp_path):
     assert results[0][1] < 0.7 * sum(p.numel() for p in whole.parameters())
 
 
+def one_rank(group):
+    for topology in ("pp1+tp=1", "pp1+ulysses=1"):
+        model = whole_model()
+        before = [(name, type(module)) for name, module in model.named_modules()], model.elementwise
+        assert apply(model, ShardPlan.of(Topology.parse(topology)), group) is model
+        assert ([(name, type(module)) for name, module in model.named_modules()], model.elementwise) == before
+
+
+def test_the_model_of_one_rank_stays_as_it_is(on_ranks):
+    on_ranks(1, one_rank)
+
+
 def wrong_size(group):
     with pytest.raises(ValueError, match="mesh of 2 ranks, expected 4"):
         apply(whole_model(), ShardPlan.of(Topology.parse("tp=4")), group)

@@ -88,9 +88,27 @@ def test_display_work_beside_the_mesh_is_not_counted_twice(beside):
         chunks[chunk] = [Span(stage, name, chunk, a * 10**6, b * 10**6) for stage, name, a, b in spans]
         start = submitted if beside else second + 3
     del chunks[0]
-    costs = StageCosts.of_chunks(chunks, shared=True)
+    costs = StageCosts.of_chunks(chunks, shared=True, policy="anchor-only", window=3)
     assert costs == StageCosts(mesh=pytest.approx(400), decode=20, encode=6, convert=3)
     assert simulate(costs, "anchor-only", pp1=False).period == pytest.approx(469)
+
+
+@pytest.mark.parametrize(("policy", "window"), [("anchor-only", 18), ("latent", 3)])
+def test_a_whole_chunk_decoded_beside_the_mesh(policy, window):
+    """Nothing lies on the path: 100 ms of passes, then 3 x 12 + 2 beside the next ones, where they take 30 each."""
+    chunks, start = {}, 0
+    for chunk in range(6):
+        end = start + 100 + (38 if chunk else 0)
+        each = 12 if chunk == 5 else 30
+        spans = [("mesh", "step", start, end - 20), ("mesh", "commit", end - 20, end)]
+        spans += [("stage0", "display-decode", end + i * each, end + (i + 1) * each) for i in range(3)]
+        spans += [("stage0", "convert", end + 3 * each, end + 3 * each + 2)]
+        chunks[chunk] = [Span(stage, name, chunk, a * 10**6, b * 10**6) for stage, name, a, b in spans]
+        start = end
+    del chunks[0]
+    costs = StageCosts.of_chunks(chunks, shared=True, policy=policy, window=window)
+    assert costs == StageCosts(mesh=pytest.approx(100), decode=12, encode=0, convert=2)
+    assert simulate(costs, policy, pp1=False, window=window).period == pytest.approx(138)
 
 
 def test_unknown_policy():

@@ -59,7 +59,12 @@ class ShardPlan:
 
     @classmethod
     def of(cls, topology: Topology) -> ShardPlan:
-        """The plan of a topology's mesh."""
+        """The plan of a topology's mesh. One rank has nobody to exchange with: its model stays as it is.
+
+        Split in one, it would read q and k once more for their squares, and sum over itself.
+        """
+        if topology.mesh == 1:
+            return cls(MeshKind.SINGLE, 1, ())
         return cls(topology.kind, topology.mesh, TENSOR_PARALLEL if topology.kind is MeshKind.TP else ())
 
     def rule(self, module: str) -> Split | None:

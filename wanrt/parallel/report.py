@@ -52,7 +52,7 @@ def make_plan(job: RenderJob, machine: Machine, measured: StageCosts | None = No
         machine=machine,
         choice=choice,
         memory=tuple(memory(work, topology)),
-        traffic=traffic(work, topology),
+        traffic=traffic(work, topology, shared=machine.link is Link.NVLINK),
         prediction=forecast(work, topology, machine, job.anchor, measured),
         basis=_basis(machine, measured),
         policies=_known({policy: rate(policy) for policy in POLICIES} if work.recompute else {}),

@@ -33,6 +33,7 @@ RUNTIME = int(
 class Workload:
     """The sizes of one job. `steps`: denoising steps of a chunk.
 
+    prompt_tokens: of a prompt as Wan's own extension writes one, and as `wanrt bench` takes; no more than `text_len`.
     element: bytes of a transformer weight and of an activation; fp8: the large products' weights take one byte, as
     `wanrt.models.fp8.plan_for` names them.
     """
@@ -55,6 +56,7 @@ class Workload:
     vae_blocks: int = 2  # residual blocks of a level
     vae_splits: bool = True  # whether this kind of VAE can be split over devices
     fp8: bool = False
+    prompt_tokens: int = 128
 
     @classmethod
     def of(cls, job: RenderJob) -> Workload:
@@ -86,6 +88,11 @@ class Workload:
     def frame_tokens(self) -> int:
         """Tokens of a latent frame."""
         return (self.width // 16) * (self.height // 16)
+
+    @property
+    def prompt_keys(self) -> int:
+        """Keys of a prompt: its own and one for all of its padding, as `wanrt.models.attention.attend_text` takes."""
+        return min(self.prompt_tokens + 1, self.text_len)
 
     @property
     def pixels(self) -> int:
@@ -216,6 +223,8 @@ def exchange_buffers(work: Workload, topology: Topology) -> int:
     their scales. Those of `PeerMemory`: queries, outputs, and a commit's raw keys.
     """
     chunk, n, element = CHUNK * work.frame_tokens, topology.mesh, work.element
+    if n == 1:
+        return 0
     tokens = max(work.window * work.frame_tokens, chunk) if work.recompute else chunk
     if topology.kind is MeshKind.TP:
         head = 0 if element == FP32_BYTES else FP32_BYTES * chunk * work.dim
@@ -241,19 +250,21 @@ class Traffic:
     pixels: int = 0
 
 
-def traffic(work: Workload, topology: Topology) -> Traffic:
-    """What moves between devices for one chunk.
+def traffic(work: Workload, topology: Topology, *, shared: bool = True) -> Traffic:
+    """What moves between devices for one chunk. shared: the mesh's ranks reach each other's memory.
 
-    A ring all-reduce of x bytes sends 2 x (N-1)/N a rank; an all-to-all of a 1/N share sends x (N-1)/N^2. Tensor
-    parallelism has three of the former a layer, Ulysses four of the latter (q, k, v there, the output back).
+    An all-reduce of x bytes sends x (N-1)/N a rank to sum and as much to gather; an all-to-all of a 1/N share sends
+    x (N-1)/N^2. Tensor parallelism has three of the former a layer, Ulysses four of the latter (q, k, v there, the
+    output back). In shared memory tensor parallelism gathers what the next product takes, in fp8 a byte a value.
     """
     n = topology.mesh
-    tokens = sum(tokens for tokens, _ in work.passes())
-    activation = tokens * work.dim * work.element * work.layers
+    values = sum(tokens for tokens, _ in work.passes()) * work.dim * work.layers
+    quantised = work.fp8_layers / work.layers if work.fp8 and shared else 0.0
+    gathered = quantised + (1 - quantised) * work.element
     mesh = {
         MeshKind.SINGLE: 0.0,
-        MeshKind.TP: 3 * 2 * (n - 1) / n * activation,
-        MeshKind.ULYSSES: 4 * (n - 1) / n**2 * activation,
+        MeshKind.TP: 3 * (n - 1) / n * (work.element + gathered) * values,
+        MeshKind.ULYSSES: 4 * (n - 1) / n**2 * work.element * values,
     }[topology.kind]
     latent = LATENT_CHANNELS * (work.height // 8) * (work.width // 8) * 4
     element = 4 if work.element == 4 else 2
@@ -268,5 +279,5 @@ def operations(work: Workload) -> tuple[float, float]:
     """Floating point operations of one chunk's forwards: (matrix products, attention)."""
     d, f = work.dim, work.ffn_dim
     products = sum(2.0 * tokens * (6 * d * d + 2 * d * f) for tokens, _ in work.passes())
-    attention = sum(4.0 * tokens * (keys + work.text_len) * d for tokens, keys in work.passes())
+    attention = sum(4.0 * tokens * (keys + work.prompt_keys) * d for tokens, keys in work.passes())
     return work.layers * products, work.layers * attention

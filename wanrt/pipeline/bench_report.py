@@ -140,7 +140,9 @@ def report(
         mesh=Timing.of(sum(s.duration_ns for s in mesh[c]) for c in chunks),
         stage0=Timing.of(sum(s.duration_ns for s in spans[c] if s.stage == "stage0") for c in chunks),
         anchor_path=Timing.of(start[b] - end[a] for a, b in pairs),
-        costs=StageCosts.of_chunks(one_rank, shared=not job.topology.startswith("pp1")),
+        costs=StageCosts.of_chunks(
+            one_rank, shared=not job.topology.startswith("pp1"), policy=job.anchor, window=job.window
+        ),
         load_s=seconds[0],
         warm_up_s=seconds[1],
         memory_bytes=memory,

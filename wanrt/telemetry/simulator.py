@@ -56,20 +56,21 @@ class StageCosts:
         )
 
     @classmethod
-    def of_chunks(cls, chunks: Mapping[int, Sequence[Span]], *, shared: bool) -> StageCosts:
-        """Costs measured by the outermost spans of some steady chunks.
+    def of_chunks(
+        cls, chunks: Mapping[int, Sequence[Span]], *, shared: bool, policy: str, window: int
+    ) -> StageCosts:
+        """Costs measured by the outermost spans of some steady chunks, made under `policy` with `window`.
 
         shared: mesh and stage 0 were on one device. Display work that ran beside the mesh's passes has then
-        lengthened them; what it takes alone is taken off again.
+        lengthened them, and they it: a stage's cost is that of its spans which ran beside no pass, where there are
+        any (the last chunk's always do), and what the display work takes so is taken off the passes again.
         """
-        durations: dict[str, list[float]] = {}
-        for span in (span for spans in chunks.values() for span in spans if span.stage == "stage0"):
-            durations.setdefault(span.name, []).append(span.duration_ns / 1e6)
-        half = {name: quantile(values, 0.5) for name, values in durations.items()}
-        alone = cls(0.0, _first(half, *DECODES), _first(half, "anchor-encode"), _first(half, "convert"))
-        display = chunk_work(alone, "anchor-only").display
         spans = [[s for s in each if s.stage == "mesh" and s.name != "text"] for each in chunks.values()]
-        beside = [s for each in chunks.values() for s in each if s.stage == "stage0"] if shared else []
+        stage0 = [s for each in chunks.values() for s in each if s.stage == "stage0"]
+        half = _medians(stage0, [s for each in spans for s in each] if shared else [])
+        alone = cls(0.0, _first(half, *DECODES), _first(half, "anchor-encode"), _first(half, "convert"))
+        display = chunk_work(alone, policy, window).display
+        beside = stage0 if shared else []
         mesh = quantile([_alone(passes, beside, display) for passes in spans], 0.5)
         return replace(alone, mesh=mesh)
 
@@ -84,15 +85,27 @@ def _first(values: Mapping[str, float], *names: str) -> float:
     return next((values[name] for name in names if name in values), 0.0)
 
 
+def _medians(stage0: Sequence[Span], passes: Sequence[Span]) -> dict[str, float]:
+    """Milliseconds of stage 0's spans by name; of a name's that ran beside no pass, where there are any."""
+    every: dict[str, list[float]] = {}
+    apart: dict[str, list[float]] = {}
+    for span in stage0:
+        every.setdefault(span.name, []).append(span.duration_ns / 1e6)
+        if not any(_overlap_ns(span, other) for other in passes):
+            apart.setdefault(span.name, []).append(span.duration_ns / 1e6)
+    return {name: quantile(values, 0.5) for name, values in (every | apart).items()}
+
+
 def _alone(passes: Sequence[Span], beside: Sequence[Span], display: float) -> float:
     """Milliseconds of a chunk's passes, less the display work that ran in between, at most `display`."""
     total = sum(span.duration_ns for span in passes)
-    overlap = sum(
-        max(0, min(span.end_ns, other.end_ns) - max(span.start_ns, other.start_ns))
-        for span in passes
-        for other in beside
-    )
+    overlap = sum(_overlap_ns(span, other) for span in passes for other in beside)
     return total / 1e6 - min(overlap / 1e6, display)
+
+
+def _overlap_ns(a: Span, b: Span) -> int:
+    """For how long both ran."""
+    return max(0, min(a.end_ns, b.end_ns) - max(a.start_ns, b.start_ns))
 
 
 @dataclass(frozen=True)
