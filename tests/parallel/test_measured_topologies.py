@@ -1,4 +1,4 @@
-"""Runs of several GPUs from the stage costs of one: those that one commit was measured with."""
+"""Runs of several GPUs from the stage costs of one: those of a day's measurements on cards of one kind."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from wanrt.parallel.workload import Workload
 from wanrt.script import build_job, read_script
 from wanrt.telemetry.simulator import StageCosts
 
-FILE = Path(__file__).parents[1] / "measurements" / "h100-two.json"
-COMMIT = "295908e"  # the first with attention to a prompt's own keys, which the planner counts
-RUNS = [run for run in json.loads(FILE.read_text(encoding="utf-8"))["runs"] if run["commit"] == COMMIT]
+FILE = Path(__file__).parents[1] / "measurements" / "h100-together.json"
+RUNS = [
+    run
+    for run in json.loads(FILE.read_text(encoding="utf-8"))["runs"]
+    if run["settings"]["preset"] == "krea-14b"
+]
 
 
 def kind(run):
