@@ -205,7 +205,7 @@ def attention(
         ValueError: shapes, layout or dtypes that do not fit, with what was got and expected.
     """
     _check(q, k, v, bias, keys)
-    _check_count(q, bias, count, last_bias)
+    check_count(q, bias, count, last_bias)
     if q.is_cuda and triton is not None:
         return launch(q, k, v, bias, keys, count=count, last_bias=last_bias)
     return attention_ref(q, k, v, bias, keys, count, last_bias)
@@ -268,7 +268,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keys: int) -> N
         )
 
 
-def _check_count(q: Tensor, bias: Tensor | None, count: Tensor | None, last_bias: Tensor | None) -> None:
+def check_count(q: Tensor, bias: Tensor | None, count: Tensor | None, last_bias: Tensor | None) -> None:
+    """Raise the ValueErrors of `attention` about the number of keys."""
     if count is None and last_bias is None:
         return
     if count is None or last_bias is None or bias is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wanrt_kernels import nvrtc
+from wanrt_kernels.attention import check_count
 from wanrt_kernels.hopper import (
     ARCHITECTURE,
     SHARED_BYTES,
@@ -210,8 +211,7 @@ def launch(
 ) -> Tensor:
     """Launch with blocks of so many keys; else as `hopper_attention`."""
     _check(q, k, v, bias, keys)
-    if (count is None) != (last_bias is None):
-        raise ValueError("count, last_bias: got one of them; expected both or neither")
+    check_count(q, bias, count, last_bias)
     out = q.new_empty(q.shape)
     tokens, heads = q.shape[1:3]
     to = {

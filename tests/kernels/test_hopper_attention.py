@@ -122,6 +122,10 @@ def test_other_devices_and_heads_are_refused(monkeypatch):
         ({"q": torch.zeros(1, 3, 2, 130)[..., 2:]}, "q: got strides .* expected contiguous heads"),
         ({"bias": torch.zeros((), dtype=torch.float16)}, "bias: got torch.float16 on cpu; expected fp32"),
         ({"count": torch.ones(1, dtype=torch.int32)}, "count, last_bias: got one of them"),
+        (
+            {"count": torch.ones(2, dtype=torch.int32), "last_bias": torch.zeros(1)},
+            r"count: got torch.int32 \(2,\).* expected contiguous torch.int32 \(1,\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(monkeypatch, change, message):
