@@ -152,5 +152,27 @@ def test_costs_of_a_bench(tmp_path):
     assert read_costs(tmp_path / "bench.json") == StageCosts(450, 17, 3, 1)
 
 
+@pytest.mark.parametrize(
+    ("devices", "device", "mesh"), [([], "auto", 500), (["GPU"], "auto", 464), (["GPU"], "cpu", 500)]
+)
+def test_display_work_beside_passes_is_taken_off_them(tmp_path, devices, device, mesh):
+    """On a GPU two decodes of 17 ms and a conversion of 2 run while the passes do, and lengthen them."""
+
+    def spans(**each):
+        return {name: {"count": 4, "p50_ms": ms} for name, ms in each.items()}
+
+    stages = [
+        {"stage": "mesh", "spans": {"step": {"count": 16, "p50_ms": 125}}},
+        {"stage": "stage0", "spans": spans(**{"anchor-decode": 17, "anchor-encode": 3, "convert": 2})},
+    ]
+    run = {
+        "settings": {"topology": "single", "anchor": "anchor-only", "window": 3, "device": device},
+        "machine": {"devices": devices},
+        "stats": {"chunks": 4, "stages": stages},
+    }
+    (tmp_path / "stats.json").write_text(json.dumps(run))
+    assert read_costs(tmp_path / "stats.json") == StageCosts(mesh, 17, 3, 2)
+
+
 def test_every_element_counts():
     assert Workload.of(job(precision="fp32")) == replace(Workload.of(job()), element=4)

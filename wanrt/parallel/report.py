@@ -89,7 +89,10 @@ def read_costs(path: str | Path) -> StageCosts:
         topology = run["settings"]["topology"]
         if topology not in ("single", "auto"):
             raise UsageError(f"--costs {path}: a run with topology {topology}; expected single")
-        return StageCosts(**run["costs"]) if "costs" in run else StageCosts.of_stats(run)
+        if "costs" in run:
+            return StageCosts(**run["costs"])
+        on_gpu = bool(run["machine"]["devices"]) and run["settings"]["device"] != "cpu"
+        return StageCosts.of_stats(run, beside=on_gpu)
     except OSError as error:
         raise UsageError(
             f"--costs {path}: {error.strerror}; expected a file of wanrt bench --json"

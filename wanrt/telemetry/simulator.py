@@ -35,8 +35,11 @@ class StageCosts:
     transfer: float = 0.0
 
     @classmethod
-    def of_stats(cls, document: Mapping[str, Any]) -> StageCosts:
+    def of_stats(cls, document: Mapping[str, Any], *, beside: bool = False) -> StageCosts:
         """Costs measured by a run, from its `--stats` file.
+
+        beside: display work ran beside the mesh's passes on one device, and lengthened them. A file says how long spans
+        were and not when, so all of it is taken off the passes.
 
         Raises `ValueError` when the document has no whole chunk of both stages.
         """
@@ -47,13 +50,18 @@ class StageCosts:
         mesh, stage0 = stages["mesh"], stages["stage0"]
         passes = [mesh[name] for name in PASSES if name in mesh]
         half = {name: spread["p50_ms"] for name, spread in stage0.items()}
-        return cls(
+        costs = cls(
             # medians: one slow first chunk (compilation, warm-up) does not count
             mesh=sum(spread["count"] * spread["p50_ms"] for spread in passes) / chunks,
             decode=_first(half, *DECODES),
             encode=_first(half, "anchor-encode"),
             convert=_first(half, "convert"),
         )
+        if not beside:
+            return costs
+        made = document["settings"]
+        display = chunk_work(costs, made["anchor"], made["window"]).display
+        return replace(costs, mesh=max(0.0, costs.mesh - display))
 
     @classmethod
     def of_chunks(
