@@ -45,18 +45,12 @@ __device__ __forceinline__ u32 columns_descriptor(u32 address) {
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// What comes before this call, and needs or makes these registers, stays before it, and what comes after stays after.
-template <int N>
-__device__ __forceinline__ void hold(float (&registers)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(registers[i])::"memory");
-}
-
-// Wait until at most `Running` groups of products run. The registers that they write must not be read before.
+// Wait until at most `Running` groups of products run. Nothing that reads what they write is moved to before that.
 template <int Running, int N>
 __device__ __forceinline__ void wait_products(float (&written)[N]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Running) : "memory");
-    hold(written);
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(written[i])::"memory");
 }
 
 __device__ __forceinline__ void turn_wait(int group) {

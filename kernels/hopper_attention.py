@@ -130,6 +130,13 @@ def unsupported(device: torch.device, head_dim: int, dtype: torch.dtype) -> str 
     )
 
 
+# An operator, as torch.compile cannot trace what is behind it.
+@torch.library.custom_op(
+    "wanrt_kernels::hopper_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? bias=None, int keys=0, Tensor? count=None, Tensor? last_bias=None)"
+    " -> Tensor",
+)
 def hopper_attention(
     q: Tensor,
     k: Tensor,
@@ -147,7 +154,12 @@ def hopper_attention(
         ValueError: shapes, layout or dtypes that do not fit, with what was got and expected.
         NvrtcError: what the compiler or the driver says.
     """
-    return torch.ops.wanrt_kernels.hopper_attention(q, k, v, bias, keys, count, last_bias)
+    return launch(q, k, v, bias, keys, count, last_bias)
+
+
+@hopper_attention.register_fake
+def _(q: Tensor, *_: object) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 def hopper_attention_to(
@@ -175,29 +187,6 @@ def hopper_attention_to(
     _launch(q, k, v, bias, keys, None, to, KEYS)
 
 
-# An operator, as torch.compile cannot trace what is behind it.
-@torch.library.custom_op(
-    "wanrt_kernels::hopper_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? bias, int keys, Tensor? count, Tensor? last_bias) -> Tensor",
-)
-def _hopper_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    keys: int,
-    count: Tensor | None,
-    last_bias: Tensor | None,
-) -> Tensor:
-    return launch(q, k, v, bias, keys, count, last_bias)
-
-
-@_hopper_attention.register_fake
-def _(q: Tensor, *_: object) -> Tensor:
-    return q.new_empty(q.shape)
-
-
 def launch(
     q: Tensor,
     k: Tensor,
@@ -213,11 +202,7 @@ def launch(
     _check(q, k, v, bias, keys)
     check_count(q, bias, count, last_bias)
     out = q.new_empty(q.shape)
-    tokens, heads = q.shape[1:3]
-    to = {
-        "out": out.data_ptr(), "frame_tokens": tokens, "out_tokens": tokens, "out_heads": heads, "out_head": 0,
-    }  # fmt: skip
-    _launch(q, k, v, bias if count is None else last_bias, keys, count, to, block)
+    _launch(q, k, v, bias if count is None else last_bias, keys, count, {"out": out.data_ptr()}, block)
     return out
 
 

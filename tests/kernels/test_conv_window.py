@@ -189,19 +189,24 @@ def error(got, want):
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("taps", [3, 1])
-@pytest.mark.parametrize("clip", [(1, 5, 7), (2, 40, 72), (3, 33, 50), (1, 40, 288)])
-@pytest.mark.parametrize(("channels", "outputs"), SHAPES)
-def test_as_exact_as_cudnn(channels, outputs, clip, taps, dtype):
+def draw_inputs(channels, outputs, clip, taps, dtype):
+    """Window and weight on the GPU, for a result of `clip`; skips where the kernel cannot run."""
     reason = unsupported(torch.device("cuda", 0), channels, outputs, dtype)
     if reason is not None:
         pytest.skip(reason)
     frames, height, width = clip
     inputs = 9 * taps * channels
     window = draw(frames + taps - 1, height, width, channels, device="cuda", dtype=dtype)
-    weight = draw(outputs, inputs, device="cuda", dtype=dtype, scale=inputs**-0.5)
+    return window, draw(outputs, inputs, device="cuda", dtype=dtype, scale=inputs**-0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("taps", [3, 1])
+@pytest.mark.parametrize("clip", [(1, 5, 7), (2, 40, 72), (3, 33, 50), (1, 40, 288)])
+@pytest.mark.parametrize(("channels", "outputs"), SHAPES)
+def test_as_exact_as_cudnn(channels, outputs, clip, taps, dtype):
+    window, weight = draw_inputs(channels, outputs, clip, taps, dtype)
     exact = conv_window_ref(window.double(), weight.double())
     limit = 1.05 * error(conv_window_ref(window, weight), exact)
     results = [launch(window, weight, form) for form in forms(channels, outputs, TYPES[dtype][0], taps)]
@@ -236,13 +241,7 @@ def test_rows_are_those_of_the_whole_to_the_last_bit(monkeypatch, channels, outp
 @pytest.mark.parametrize("clip", [(1, 5, 7), (2, 33, 50), (1, 160, 288)])
 @pytest.mark.parametrize(("channels", "outputs"), [(96, 96), (192, 384)])
 def test_bias_and_residual_are_added_before_rounding(channels, outputs, clip, taps, dtype):
-    reason = unsupported(torch.device("cuda", 0), channels, outputs, dtype)
-    if reason is not None:
-        pytest.skip(reason)
-    frames, height, width = clip
-    inputs = 9 * taps * channels
-    window = draw(frames + taps - 1, height, width, channels, device="cuda", dtype=dtype)
-    weight = draw(outputs, inputs, device="cuda", dtype=dtype, scale=inputs**-0.5)
+    window, weight = draw_inputs(channels, outputs, clip, taps, dtype)
     bias, residual = draw(outputs, device="cuda"), draw(*clip, outputs, device="cuda", dtype=dtype)
     for more in ({"bias": bias}, {"residual": residual}, {"bias": bias, "residual": residual}):
         wide = {name: x.double() for name, x in more.items()}

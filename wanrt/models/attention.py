@@ -79,9 +79,10 @@ class Default:
     head_dim: int | None = None
 
     def fits(self, capability: int, head_dim: int, rows: int, *, biased: bool) -> bool:
-        """Whether this line is meant for such a call."""
+        """Whether this line is meant for such a call, and what it names can run here."""
         return (
             (HAVE_FLASH_4 or self.backend is not AttentionBackend.FA4)
+            and (self.backend is not AttentionBackend.TRITON or _why_no_triton(head_dim) is None)
             and capability in self.capabilities
             and self.head_dim in (None, head_dim)
             and self.biased in (None, biased)
@@ -217,13 +218,8 @@ def choose(
     """Resolve AUTO; anything else is what it is. `rows`: queries times heads; `biased`: with a KV bias."""
     if backend is not AttentionBackend.AUTO:
         return backend
-    if not _has_defaults(device, dtype, head_dim):
-        return AttentionBackend.SDPA
-    capability = _capability(device)
-    for line in CUDA_DEFAULTS:
-        if line.fits(capability, head_dim, rows, biased=biased):
-            return line.backend
-    return AttentionBackend.SDPA
+    found = _first_that_fits(CUDA_DEFAULTS, device, dtype, head_dim, rows, biased=biased)
+    return AttentionBackend.SDPA if found is None else found
 
 
 def choices(
@@ -238,12 +234,9 @@ def choose_for_text(
     backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int, *, rows: int
 ) -> AttentionBackend:
     """As `choose`, for attention to a text."""
-    if backend is AttentionBackend.AUTO and _has_defaults(device, dtype, head_dim):
-        capability = _capability(device)
-        for line in TEXT_DEFAULTS:
-            runs = line.backend is not AttentionBackend.TRITON or _why_no_triton(head_dim) is None
-            if runs and line.fits(capability, head_dim, rows, biased=False):
-                return line.backend
+    if backend is AttentionBackend.AUTO:
+        found = _first_that_fits(TEXT_DEFAULTS, device, dtype, head_dim, rows, biased=False)
+        backend = backend if found is None else found
     return choose(backend, device, dtype, head_dim, rows=rows, biased=False)
 
 
@@ -262,10 +255,24 @@ def _edges() -> list[int]:
     return sorted(edge for edge in edges | {0} if edge <= sys.maxsize)
 
 
-def _has_defaults(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the tables of defaults speak of such a call."""
+def _first_that_fits(
+    table: tuple[Default, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    rows: int,
+    *,
+    biased: bool,
+) -> AttentionBackend | None:
+    """What a table of defaults says of such a call; None: nothing."""
     half = dtype is not torch.float32
-    return device.type == "cuda" and half and head_dim <= LARGEST_HEAD and head_dim % 8 == 0
+    if device.type != "cuda" or not half or head_dim > LARGEST_HEAD or head_dim % 8:
+        return None
+    capability = _capability(device)
+    for line in table:
+        if line.fits(capability, head_dim, rows, biased=biased):
+            return line.backend
+    return None
 
 
 def attend(
@@ -291,8 +298,8 @@ def attend(
     batch, queries, heads, head_dim = q.shape
     rows = batch * queries * heads
     backend = choose(backend, q.device, q.dtype, head_dim, rows=rows, biased=bias is not None)
-    if backend in (AttentionBackend.HOPPER, AttentionBackend.TRITON):
-        own = hopper.hopper_attention if backend is AttentionBackend.HOPPER else attention
+    if backend.is_own:
+        own = _own_kernel(backend)
         return own(q, k, v) if bias is None else own(q, k, v, bias.value, bias.keys)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if backend is AttentionBackend.SDPA:
@@ -320,9 +327,13 @@ def attend_text(
     batch, queries, heads, head_dim = q.shape
     backend = choose_for_text(backend, q.device, q.dtype, head_dim, rows=batch * queries * heads)
     if backend.is_own:
-        own = hopper.hopper_attention if backend is AttentionBackend.HOPPER else attention
-        return own(q, k, v, count=span.count, last_bias=span.last_bias)
+        return _own_kernel(backend)(q, k, v, count=span.count, last_bias=span.last_bias)
     return attend(q, k, v, backend=backend)
+
+
+def _own_kernel(backend: AttentionBackend) -> Callable[..., Tensor]:
+    """Of a backend that `is_own`; both take the same arguments."""
+    return hopper.hopper_attention if backend is AttentionBackend.HOPPER else attention
 
 
 def _key_mask(bias: KeyBias, q: Tensor, k: Tensor) -> Tensor:

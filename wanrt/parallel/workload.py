@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from wanrt.script import RenderJob
 
 CHUNK = 3  # latent frames
+# Of a prompt, on whose length times depend: about what Wan's own prompt extension writes, 80 to 100 words
+# (Wan-Video/Wan2.1 wan/utils/prompt_extend.py at 9737cba).
+PROMPT_TOKENS = 128
 LATENT_CHANNELS = 16
 FP32_BYTES = 4
 SCALE_BYTES = 4  # of a channel of an fp8 weight, or a row of fp8 values
@@ -33,7 +36,7 @@ RUNTIME = int(
 class Workload:
     """The sizes of one job. `steps`: denoising steps of a chunk.
 
-    prompt_tokens: of a prompt as Wan's own extension writes one, and as `wanrt bench` takes; no more than `text_len`.
+    prompt_tokens: as many as a random embedding has, with which `wanrt bench` measures; no more than `text_len`.
     element: bytes of a transformer weight and of an activation; fp8: the large products' weights take one byte, as
     `wanrt.models.fp8.plan_for` names them.
     """
@@ -56,7 +59,7 @@ class Workload:
     vae_blocks: int = 2  # residual blocks of a level
     vae_splits: bool = True  # whether this kind of VAE can be split over devices
     fp8: bool = False
-    prompt_tokens: int = 128
+    prompt_tokens: int = PROMPT_TOKENS
 
     @classmethod
     def of(cls, job: RenderJob) -> Workload:

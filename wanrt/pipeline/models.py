@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from wanrt.errors import UsageError
+from wanrt.parallel.workload import PROMPT_TOKENS
 from wanrt.pipeline.codec import StreamingVae
 from wanrt.pipeline.devices import Precision
 
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("wanrt.pipeline")
 
 Progress = Callable[[str, float | None], None]  # (part, seconds it took; None: it begins)
-
-# Of a random embedding: times depend on a prompt's length, and Wan's own prompt extension writes 80 to 100 words
-# (Wan-Video/Wan2.1 wan/utils/prompt_extend.py at 9737cba).
-RANDOM_TOKENS = 128
 
 
 def unheard(part: str, seconds: float | None) -> None:
@@ -207,14 +204,14 @@ def _vae(preset: Preset, files: ModelFiles, device: torch.device, precision: Pre
 def hashed_embedding(text_len: int, dim: int, device: torch.device, prompt: str) -> torch.Tensor:
     """A random embedding of its own for each prompt, the same on every machine.
 
-    `[1, L, dim]`, L being `RANDOM_TOKENS`, or `text_len` where a model takes fewer.
+    `[1, L, dim]`, L being `PROMPT_TOKENS`, or `text_len` where a model takes fewer.
     """
     import torch
 
     from wanrt.pipeline.noise import standard_normal
 
     key = int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=16).digest(), "little")
-    tokens = min(RANDOM_TOKENS, text_len)
+    tokens = min(PROMPT_TOKENS, text_len)
     values = standard_normal(key, tokens * dim).reshape(1, tokens, dim)
     return torch.from_numpy(values).to(device)
 
