@@ -59,7 +59,8 @@ def latents_of(denoiser, policy, window, biases):
     for chunk, bias in enumerate(biases):
         prompt = torch.randn(1, 5, 16, generator=generator)
         control = Control((1000.0, 625.0), bias)
-        made.append(mesh.run(ChunkRequest(chunk, embedding=prompt, control=control)).latents)
+        mesh.set_text(chunk, prompt)
+        made.append(mesh.run(ChunkRequest(chunk, control=control)).latents)
     return torch.cat(made, dim=2)
 
 

@@ -28,6 +28,9 @@ class LoggedLanes:
         self.log.append("side")
         return self._in("side")
 
+    def ahead(self):
+        return self._in("ahead")
+
     def join(self):
         self.log.append("join")
 
@@ -53,6 +56,10 @@ def logged(fake_pipeline, fakes):
                 return super().encode_frame(pixels)
 
         class Denoiser(fakes[3]):
+            def set_text(self, embedding):
+                lanes.log.append(f"text {lanes.lane}")
+                super().set_text(embedding)
+
             def denoise(self, latents, timestep):
                 if timestep == 1000:
                     lanes.log.append(f"mesh {lanes.lane}")
@@ -62,6 +69,13 @@ def logged(fake_pipeline, fakes):
             vae=Vae(), denoiser=Denoiser(), launch_on_submit=launch_on_submit, **settings
         )
         pipeline._lanes = pipeline._pixels._lanes = pipeline._pixels._codec._lanes = lanes
+        encode = pipeline._prompts._encode
+
+        def logged_encode(text):
+            lanes.log.append(f"encode {text} {lanes.lane}")
+            return encode(text)
+
+        pipeline._prompts._encode = logged_encode
         list(pipeline.run())
         return lanes.log
 
@@ -87,9 +101,19 @@ def test_anchor_only(logged, settings, steady):
 
     They are queued before the next chunk's passes, whose launches may keep the host, unless both lanes are one.
     """
-    log = logged(frames=57, **settings)
+    log = [entry for entry in logged(frames=57, **settings) if not entry.startswith(("text", "encode b"))]
     # chunks 1, 2 and 3; the first has no anchor, the last no next
     assert " | ".join(log).count(" | ".join(steady)) == 3
+
+
+@pytest.mark.parametrize("launch_on_submit", [True, False])
+def test_a_prompt_waits_for_no_chunk(logged, launch_on_submit):
+    """Encoded in the lane ahead, and with the mesh before the anchor of the chunk before is made."""
+    log = logged(frames=57, launch_on_submit=launch_on_submit)
+    assert log[:2] == ["encode a ahead", "text main"]
+    changed = [i for i, entry in enumerate(log) if entry == "text main"][1:]
+    assert [log[i + 1 : i + 3] for i in changed] == [["join", "decode main"]] * 3
+    assert log.index("encode b ahead") == changed[0] - 1
 
 
 @pytest.mark.parametrize("policy", ["latent", "first-frame"])

@@ -149,9 +149,12 @@ def test_wrong_order_is_refused(fake_pipeline):
     mesh = fake_pipeline()[0]._mesh
     with pytest.raises(RunError, match="nothing is under way"):
         mesh.receive()
-    mesh.submit(ChunkRequest(0, embedding=torch.zeros(1, 4, 6), control=CONTROL))
-    with pytest.raises(RunError, match="under way"):
+    mesh.set_text(0, torch.zeros(1, 4, 6))
+    mesh.submit(ChunkRequest(0, control=CONTROL))
+    with pytest.raises(RunError, match="got chunk 1 while chunk 0 is under way"):
         mesh.submit(ChunkRequest(1))
+    with pytest.raises(RunError, match="got the prompt of chunk 1 while chunk 0 is under way"):
+        mesh.set_text(1, torch.zeros(1, 4, 6))
     mesh.receive()
     mesh.submit(ChunkRequest(2))
     with pytest.raises(RunError, match="got chunk 2, expected 1"):
@@ -161,8 +164,9 @@ def test_wrong_order_is_refused(fake_pipeline):
 def test_a_missing_anchor_is_refused(fake_pipeline):
     pipeline, _, _ = fake_pipeline(window=3)
     mesh = pipeline._mesh
+    mesh.set_text(0, torch.zeros(1, 4, 6))
     for chunk in range(3):
-        mesh.submit(ChunkRequest(chunk, embedding=torch.zeros(1, 4, 6), control=CONTROL))
+        mesh.submit(ChunkRequest(chunk, control=CONTROL))
         if chunk < 2:
             mesh.receive()
     with pytest.raises(RunError, match="without the anchor of latent 3"):

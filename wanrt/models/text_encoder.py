@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from wanrt.models.transfer import send
+
 if TYPE_CHECKING:
     from wanrt.models.tokenizer import PromptTokenizer
 
@@ -214,6 +216,6 @@ def encode_prompts(encoder: UMT5Encoder, tokenizer: PromptTokenizer, prompts: li
         if cut:
             logger.warning("prompt cut at %d tokens: %.60s...", tokenizer.text_len, prompt)
     device = encoder.token_embedding.weight.device
-    ids, mask = ids.to(device), mask.to(device)
+    ids, mask = send(ids, device), send(mask, device)
     # Not a product: a padding row may hold inf or nan in fp16, and 0 * nan is nan.
     return encoder(ids, mask).masked_fill(mask[..., None] == 0, 0.0)

@@ -33,7 +33,7 @@ class TransformerDenoiser:
 
     def set_bias(self, bias: float) -> None:
         """b = 1 takes the path without bias, which costs less; any other b is log(b) on the device."""
-        self._bias = None if bias == 1.0 else torch.tensor(math.log(bias), device=self.device)
+        self._bias = None if bias == 1.0 else torch.full((), math.log(bias), device=self.device)
 
     def context(self, latents: torch.Tensor) -> None:
         """Context pass over `[B, 16, F, h, w]`."""

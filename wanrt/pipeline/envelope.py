@@ -1,5 +1,7 @@
 """What stage 0 and the mesh say to each other: one envelope down for each chunk, three latents up.
 
+A prompt goes down ahead of its chunk's envelope: the mesh makes keys and values of it while the anchor is made.
+
 Tensors of an envelope live on the sender's device and are never written again after sending. In one process
 they are passed by reference; across processes the transport copies them. Shapes: B streams (1), h = H/8, w =
 W/8.
@@ -12,6 +14,14 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+
+def all_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """0-dim bool: no NaN, no Inf. One pass: a sum over NaN or Inf is neither finite nor hidden by the rest."""
+    import torch
+
+    with torch.inference_mode():
+        return torch.isfinite(tensor.float().sum())
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,6 @@ class ChunkRequest:
     anchor: torch.Tensor | None = (
         None  # [B, 16, 1, h, w] float32, normalised latents; None when the plan has no anchor
     )
-    embedding: torch.Tensor | None = None  # [B, L, text_dim]; None when the prompt is the chunk before's
     control: Control | None = None  # None when nothing changed; never None for chunk 0
 
 
@@ -50,12 +59,19 @@ class MeshHandle(Protocol):
     """Stage 0's end of the line to a mesh, wherever it runs: this process, or ranks of a process group.
 
     Call order: `submit(0)`, `receive() -> 0`, `submit(1)`, `receive() -> 1`, ...; at most one chunk under
-    way.
+    way. `set_text` comes before the `submit` of the first chunk of a prompt, and before that of chunk 0.
     """
 
     @property
     def launches_here(self) -> bool:
         """Whether `submit` queues passes on a device of this process, and may wait until it has room for them."""
+        ...
+
+    def set_text(self, chunk: int, embedding: torch.Tensor) -> None:
+        """The prompt `[B, L, text_dim]` from `chunk` on, the next to be submitted.
+
+        Raises `RunError` when the mesh is gone, or a chunk under way.
+        """
         ...
 
     def submit(self, request: ChunkRequest) -> None:

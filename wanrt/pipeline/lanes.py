@@ -1,8 +1,9 @@
-"""Two lanes of work on one device: the path to the next chunk, and what only the viewer waits for.
+"""Lanes of work on one device: the path to the next chunk, what only the viewer waits for, and what waits for nothing.
 
 On CUDA the main lane is a stream of high priority and the side lane one of low priority: the display decode of a
-chunk runs beside the next chunk's passes, in the gaps they leave, and never in front of them. On a CPU both are
-the calling thread. Order is kept by events on the device; the host never waits.
+chunk runs beside the next chunk's passes, in the gaps they leave, and never in front of them. Where the mesh has
+devices of its own, a third stream encodes prompts while stage 0's device waits for the mesh. On a CPU all are the
+calling thread. Order is kept by events on the device; the host never waits.
 """
 
 from __future__ import annotations
@@ -45,8 +46,12 @@ class Lanes(Protocol):
         """The lane of display work, behind the latest mark."""
         ...
 
+    def ahead(self) -> AbstractContextManager[None]:
+        """The lane of what needs no chunk; what the main lane is given after it starts behind it."""
+        ...
+
     def share(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor itself, whose memory is not reused before both lanes are done with it."""
+        """The tensor itself, whose memory is not reused before main and side lane are done with it."""
         ...
 
 
@@ -69,26 +74,33 @@ class OneLane:
         """See `Lanes.side`."""
         return nullcontext()
 
+    def ahead(self) -> AbstractContextManager[None]:
+        """See `Lanes.ahead`."""
+        return nullcontext()
+
     def share(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Lanes.share`."""
         return tensor
 
 
 class CudaLanes:
-    """Two streams of one CUDA device.
+    """Streams of one CUDA device.
 
-    `apart` False: both lanes are one stream. Collectives of two process groups on one device must come in the same
-    order on every rank, which two streams cannot promise.
+    `apart` False: main and side lane are one stream. Collectives of two process groups on one device must come in the
+    same order on every rank, which two streams cannot promise. `early`: the lane ahead is a stream of its own; on a
+    device that is busy with the chunk before there is nothing to gain by it.
     """
 
-    def __init__(self, device: torch.device, *, apart: bool = True) -> None:
+    def __init__(self, device: torch.device, *, apart: bool = True, early: bool = False) -> None:
         import torch
 
         self._torch, self.apart = torch, apart
         with torch.cuda.device(device):
             self._main = torch.cuda.Stream(priority=-1)
             self._side = torch.cuda.Stream(priority=0) if apart else self._main
+            self._ahead = torch.cuda.Stream(priority=-1) if early else self._main
         self._main.wait_stream(torch.cuda.current_stream(device))
+        self._ahead.wait_stream(self._main)
         self._marked = self._main.record_event()
         self._aside = self._side.record_event()
 
@@ -114,6 +126,13 @@ class CudaLanes:
             yield
         self._aside = self._side.record_event()
 
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """See `Lanes.ahead`."""
+        with self._torch.cuda.stream(self._ahead):
+            yield
+        self._main.wait_stream(self._ahead)
+
     def share(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Lanes.share`."""
         tensor.record_stream(self._main)
@@ -121,9 +140,9 @@ class CudaLanes:
         return tensor
 
 
-def lanes_for(device: torch.device, *, apart: bool = True) -> Lanes:
-    """Two streams on CUDA (one where they must not be `apart`), the calling thread elsewhere."""
-    return CudaLanes(device, apart=apart) if device.type == "cuda" else OneLane()
+def lanes_for(device: torch.device, *, apart: bool = True, early: bool = False) -> Lanes:
+    """`CudaLanes` on CUDA, the calling thread elsewhere."""
+    return CudaLanes(device, apart=apart, early=early) if device.type == "cuda" else OneLane()
 
 
 class Flag:

@@ -16,7 +16,7 @@ from wanrt.pipeline.context import (
     latents_for,
     pixel_frames,
 )
-from wanrt.pipeline.envelope import ChunkRequest, ChunkResult, Control, MeshHandle
+from wanrt.pipeline.envelope import ChunkRequest, ChunkResult, Control, MeshHandle, all_finite
 from wanrt.pipeline.lanes import Flag, Lanes, OneLane
 from wanrt.pipeline.pixels import PixelStage
 from wanrt.pipeline.prompts import PromptBook, Timeline
@@ -173,13 +173,22 @@ class Pipeline:
         return None if last else self._request(chunk + 1)
 
     def _request(self, chunk: int) -> ChunkRequest:
+        self._set_text(chunk)
         with self._lanes.main():
             anchor = None
             if self._settings.anchors:
                 latent = context_plan(chunk, self._settings.window, self._settings.policy).anchor
                 anchor = None if latent is None else self._pixels.anchor(latent)
                 self._lanes.mark()
-            return ChunkRequest(chunk, anchor, self._prompts.changed(chunk), self._changed(chunk))
+            return ChunkRequest(chunk, anchor, self._changed(chunk))
+
+    def _set_text(self, chunk: int) -> None:
+        """A changed prompt goes first: encoded while the mesh makes the chunk before, taken in behind that."""
+        with self._lanes.ahead():
+            embedding = self._prompts.changed(chunk)
+        if embedding is not None:
+            with self._lanes.main():
+                self._mesh.set_text(chunk, self._lanes.share(embedding))
 
     def _hand_over(self, request: ChunkRequest | None) -> None:
         if request is not None:
@@ -208,16 +217,8 @@ class Pipeline:
                 pixels = pixels[:, :, : self._settings.frames - first]
             with self._recorder.span(STAGE, "convert", chunk):
                 converted = self._convert(pixels)
-                finite = Flag(_all_finite(pixels))
+                finite = Flag(all_finite(pixels))
         return _Shown(Frames(converted, chunk, first, pixels.shape[2]), latents, finite)
-
-
-def _all_finite(pixels: torch.Tensor) -> torch.Tensor:
-    """0-dim bool: no NaN, no Inf. One pass: a sum over NaN or Inf is neither finite nor hidden by the rest."""
-    import torch
-
-    with torch.inference_mode():
-        return torch.isfinite(pixels.float().sum())
 
 
 @dataclass(frozen=True)

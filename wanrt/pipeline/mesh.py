@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from wanrt.errors import RunError
 from wanrt.pipeline.context import CHUNK_LATENTS, AnchorPolicy, Head, context_plan, latents_kept
-from wanrt.pipeline.envelope import ChunkRequest, ChunkResult
+from wanrt.pipeline.envelope import ChunkRequest, ChunkResult, all_finite
 from wanrt.pipeline.noise import noise
 from wanrt.pipeline.schedule import Schedule, predict_x0, renoise
 from wanrt.telemetry import Recorder
@@ -103,12 +103,19 @@ class Mesh:
             self._apply(request)
             self._context_pass(request)
             latents = self._denoise(request.chunk)
-            result = ChunkResult(request.chunk, latents, torch.isfinite(latents).all())
+            result = ChunkResult(request.chunk, latents, all_finite(latents))
             if not self._settings.recompute:
                 self._commit(request.chunk, latents)
         self._remember(request.chunk, latents)
         self._next += 1
         return result
+
+    def set_text(self, chunk: int, embedding: torch.Tensor) -> None:
+        """The prompt `[B, L, text_dim]` from `chunk` on, the next to be made. Launches only, as `run`."""
+        import torch
+
+        with torch.inference_mode(), self._recorder.span(STAGE, "text", chunk):
+            self._denoiser.set_text(embedding)
 
     def draw_ahead(self, chunk: int) -> None:
         """Draws the noise of `chunk` now, while the device is busy with the chunk before."""
@@ -125,9 +132,6 @@ class Mesh:
             self._schedule = Schedule.of(request.control.steps, self._settings.shift)
             self._denoiser.set_bias(request.control.bias)
             self._take_seed(request.control.seed)
-        if request.embedding is not None:
-            with self._recorder.span(STAGE, "text", request.chunk):
-                self._denoiser.set_text(request.embedding)
 
     def _take_seed(self, seed: int | None) -> None:
         seed = self._settings.seed if seed is None else seed
@@ -189,6 +193,12 @@ class Mesh:
         return drawn.to(self._denoiser.device, non_blocking=True)
 
 
+def refuse_under_way(request: ChunkRequest | None, got: str) -> None:
+    """Raises `RunError` when `request`, of the chunk under way, is not None."""
+    if request is not None:
+        raise RunError(f"mesh: got {got} while chunk {request.chunk} is under way; receive it first")
+
+
 class InProcessMesh:
     """A mesh in stage 0's own process, as a `MeshHandle`.
 
@@ -207,13 +217,14 @@ class InProcessMesh:
         """See `MeshHandle.launches_here`."""
         return self._launch_on_submit
 
+    def set_text(self, chunk: int, embedding: torch.Tensor) -> None:
+        """See `MeshHandle.set_text`."""
+        refuse_under_way(self._request, f"the prompt of chunk {chunk}")
+        self._mesh.set_text(chunk, embedding)
+
     def submit(self, request: ChunkRequest) -> None:
         """Takes a request; on CUDA its kernels are queued before this returns."""
-        if self._request is not None:
-            under_way = self._request.chunk
-            raise RunError(
-                f"mesh: got chunk {request.chunk} while {under_way} is under way; receive it first"
-            )
+        refuse_under_way(self._request, f"chunk {request.chunk}")
         self._request = request
         if self._launch_on_submit:
             self._result = self._mesh.run(request)

@@ -208,12 +208,13 @@ def hashed_embedding(text_len: int, dim: int, device: torch.device, prompt: str)
     """
     import torch
 
+    from wanrt.models.transfer import send
     from wanrt.pipeline.noise import standard_normal
 
     key = int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=16).digest(), "little")
     tokens = min(PROMPT_TOKENS, text_len)
     values = standard_normal(key, tokens * dim).reshape(1, tokens, dim)
-    return torch.from_numpy(values).to(device)
+    return send(torch.from_numpy(values), device)
 
 
 def streaming_vae(

@@ -35,6 +35,7 @@ from wanrt.pipeline.build import (
     make_mesh,
     make_recorder,
     mesh_settings,
+    rehearse,
     topology_of,
 )
 from wanrt.pipeline.codec import Codec, StreamingVae, TeamCodec, VaePart
@@ -307,6 +308,7 @@ def _load_stage0(
     precision = choose_precision(plan.job.precision, device)
     models = load_stage0(plan.job, plan.files, device, precision, wiring.progress)
     wiring.check()
+    rehearse(plan.job, models, device, wiring, lanes)
     if plan.topology.vae > 1:
         return models, None
     return models, local_codec(plan.job, models.vae, device, wiring, plan.tuning, lanes)
@@ -404,7 +406,10 @@ def _enter(plan: Assignment, device: torch.device) -> Groups:
     # in the same order everywhere: opening is a joint call of those that share
     mesh_peers = None if mesh is None else open_peers(mesh, device, against)
     vae_peers = None if vae is None else open_peers(vae, device)  # the VAE is never compiled
-    return Groups(mesh, vae, down, mesh_peers, vae_peers)
+    groups = Groups(mesh, vae, down, mesh_peers, vae_peers)
+    if ranks[plan.rank].stage0 or mesh is not None:
+        _link(plan, device, groups).rehearse()
+    return groups
 
 
 def _group(plan: Assignment, members: list[int]) -> ProcessGroup | None:
@@ -421,7 +426,8 @@ def _names(plan: Assignment, role: Callable[[Rank], bool]) -> frozenset[str]:
 
 def _lanes(plan: Assignment, device: torch.device) -> Lanes:
     """One lane where mesh and split VAE meet on a device: each has a process group of its own."""
-    return lanes_for(device, apart=plan.topology.pp1 or plan.topology.vae == 1)
+    pp1 = plan.topology.pp1
+    return lanes_for(device, apart=pp1 or plan.topology.vae == 1, early=pp1)
 
 
 def _take_roles(

@@ -1,7 +1,7 @@
 """A mesh of several ranks, as stage 0 sees it and as its ranks live it.
 
 Commands go through the team's pipes (a header a chunk, a few hundred bytes), tensors through torch.distributed:
-the anchor and a changed embedding from stage 0 to all ranks, a chunk's latents from the mesh's first rank back.
+a changed embedding and then the anchor from stage 0 to all ranks, a chunk's latents from the mesh's first rank back.
 Stage 0 is rank 0; without PP1 it is also the mesh's first rank, and latents never travel.
 """
 
@@ -19,8 +19,8 @@ from wanrt.errors import RunError
 from wanrt.parallel.member import words_of
 from wanrt.parallel.team import Spans, Team, answering
 from wanrt.pipeline.codec import VaePart
-from wanrt.pipeline.envelope import ChunkRequest, ChunkResult, Control
-from wanrt.pipeline.mesh import Mesh
+from wanrt.pipeline.envelope import ChunkRequest, ChunkResult, Control, all_finite
+from wanrt.pipeline.mesh import Mesh, refuse_under_way
 from wanrt.telemetry import Recorder
 
 if TYPE_CHECKING:
@@ -49,15 +49,21 @@ class Header:
 
     chunk: int
     anchor: bool
-    embedding: tuple[tuple[int, ...], torch.dtype] | None
     control: Control | None
 
     @classmethod
     def of(cls, request: ChunkRequest) -> Header:
         """The header of a request."""
-        embedding = request.embedding
-        about = None if embedding is None else (tuple(embedding.shape), embedding.dtype)
-        return cls(request.chunk, request.anchor is not None, about, request.control)
+        return cls(request.chunk, request.anchor is not None, request.control)
+
+
+@dataclass(frozen=True)
+class TextHeader:
+    """What a rank must know to receive the prompt of `chunk` and those after it."""
+
+    chunk: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -73,14 +79,30 @@ class Link:
     group: ProcessGroup | None = None
 
     def share_down(self, header: Header, request: ChunkRequest | None) -> ChunkRequest:
-        """Broadcasts a request's tensors from stage 0, which passes it; every rank returns it whole."""
-        anchor = embedding = None
+        """Broadcasts a request's anchor from stage 0, which passes it; every rank returns the request whole."""
+        anchor = None
         if header.anchor:
             b, c, _, h, w = self.shape
-            anchor = self._broadcast(None if request is None else request.anchor, (b, c, 1, h, w), None)
-        if header.embedding is not None:
-            embedding = self._broadcast(None if request is None else request.embedding, *header.embedding)
-        return ChunkRequest(header.chunk, anchor, embedding, header.control)
+            anchor = self._broadcast(None if request is None else request.anchor, (b, c, 1, h, w))
+        return ChunkRequest(header.chunk, anchor, header.control)
+
+    def share_text(self, header: TextHeader, embedding: torch.Tensor | None) -> torch.Tensor:
+        """Broadcasts an embedding from stage 0, which passes it; every rank returns it."""
+        return self._broadcast(embedding, header.shape, header.dtype)
+
+    def rehearse(self) -> None:
+        """One exchange each way, by all who have this link: NCCL connects in the first, which takes it 0.2 s."""
+        import torch
+        import torch.distributed as dist
+
+        if self.device.type != "cuda":
+            return
+        nothing = torch.zeros(self.shape, device=self.device)
+        self._broadcast(nothing, self.shape)
+        if self.mesh0 != STAGE0 and dist.get_rank() == STAGE0:
+            self.receive_up()
+        elif self.mesh0 != STAGE0 and dist.get_rank() == self.mesh0:
+            self.send_up(nothing)
 
     def send_up(self, latents: torch.Tensor) -> None:
         """Latents from the mesh's first rank to stage 0."""
@@ -105,7 +127,7 @@ class Link:
             torch.cuda.synchronize(self.device)
 
     def _broadcast(
-        self, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None
+        self, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         import torch
         import torch.distributed as dist
@@ -147,23 +169,30 @@ class RankedMesh:
         """See `MeshHandle.launches_here`."""
         return self._launch_on_submit and self._local is not None
 
+    def set_text(self, chunk: int, embedding: torch.Tensor) -> None:
+        """Hands a prompt to all ranks, which take it in while stage 0 makes the anchor."""
+        refuse_under_way(self._request, f"the prompt of chunk {chunk}")
+        header = TextHeader(chunk, tuple(embedding.shape), embedding.dtype)
+        self._tell(header)
+        with answering(self._team, "mesh: the ranks did not take the prompt"):
+            whole = self._link.share_text(header, embedding)
+            if self._local is not None:
+                self._local.set_text(chunk, whole)
+        self._under_way = False
+
     def submit(self, request: ChunkRequest) -> None:
         """Hands a request to all ranks.
 
         A mesh that shares this process's CPU starts in `receive`, as in `InProcessMesh`: its other ranks would
         only wait for this one.
         """
-        if self._request is not None:
-            raise RunError(
-                f"mesh: got chunk {request.chunk} while {self._request.chunk} is under way; receive it"
-            )
+        refuse_under_way(self._request, f"chunk {request.chunk}")
         self._request = request
         if self._local is None or self._launch_on_submit:
             self._launch(request)
 
     def receive(self) -> ChunkResult:
         """The chunk under way."""
-        import torch
 
         if self._request is None:
             raise RunError("mesh: nothing is under way; submit a chunk first")
@@ -172,7 +201,7 @@ class RankedMesh:
             with answering(self._team, "mesh: no latents came back"):
                 latents = self._link.receive_up()
             self._under_way = False
-            return ChunkResult(request.chunk, latents, torch.isfinite(latents).all())
+            return ChunkResult(request.chunk, latents, all_finite(latents))
         if not self._launch_on_submit:
             self._launch(request)
         result, self._result = self._result, None
@@ -190,11 +219,15 @@ class RankedMesh:
         leave_group(self._parts, at_once=self._under_way)
         self._cleanup()
 
-    def _launch(self, request: ChunkRequest) -> None:
-        header = Header.of(request)
+    def _tell(self, header: Header | TextHeader) -> None:
+        """The ranks' next command: they wait in its exchange until this process joins it."""
         self._team.check()
         self._under_way = True
         self._team.send(header, self._names)
+
+    def _launch(self, request: ChunkRequest) -> None:
+        header = Header.of(request)
+        self._tell(header)
         with answering(self._team, "mesh: the ranks did not take the request"):
             whole = self._link.share_down(header, request)
             if self._local is not None:
@@ -223,6 +256,9 @@ def serve(roles: Roles, link: Link, pipe: Connection, recorder: Recorder) -> Non
         if isinstance(command, Header):
             assert roles.mesh is not None, "headers go to the mesh"
             _make_chunk(roles.mesh, link, command, answers=roles.answers)
+        elif isinstance(command, TextHeader):
+            assert roles.mesh is not None, "prompts go to the mesh"
+            roles.mesh.set_text(command.chunk, link.share_text(command, None))
         else:
             assert roles.vae is not None, "VAE commands go to the VAE's ranks"
             roles.vae.follow(command, recorder)
