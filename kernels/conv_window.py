@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanrt_kernels import nvrtc
+from wanrt_kernels import cubins, nvrtc
 from wanrt_kernels.hopper import (
     ARCHITECTURE,
     SHARED_BYTES,
@@ -278,5 +278,5 @@ def _check_more(window: Tensor, weight: Tensor, bias: Tensor | None, residual: T
 
 @cache
 def _function(form: ConvConfig, device: int) -> nvrtc.Function:
-    """Compiled and loaded once a form and device, in about half a second."""
-    return nvrtc.Function(nvrtc.compile_cubin(form.source(), ARCHITECTURE), "conv_window", SHARED_BYTES)
+    """Loaded once a form and device; compiled, where that is not kept, in about half a second."""
+    return nvrtc.Function(cubins.cubin(form.source(), ARCHITECTURE), "conv_window", SHARED_BYTES)

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from wanrt_kernels import nvrtc
+from wanrt_kernels import cubins, nvrtc
 from wanrt_kernels.attention import check_count
 from wanrt_kernels.hopper import (
     ARCHITECTURE,
@@ -269,5 +269,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keys: int) -> N
 
 @cache
 def _function(form: Form, device: int) -> nvrtc.Function:
-    """Compiled and loaded once a form and device, in about a second."""
-    return nvrtc.Function(nvrtc.compile_cubin(form.source(), ARCHITECTURE), "hopper_attention", SHARED_BYTES)
+    """Loaded once a form and device; compiled, where that is not kept, in about a second."""
+    return nvrtc.Function(cubins.cubin(form.source(), ARCHITECTURE), "hopper_attention", SHARED_BYTES)

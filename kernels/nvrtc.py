@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+OPTIONS = ("--std=c++17",)  # of every compilation
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -60,12 +61,20 @@ def driver() -> ctypes.CDLL:
         raise NvrtcError(f"no CUDA driver: {error}") from error
 
 
+@cache
+def version() -> str:
+    """The compiler's, as in "13.0". Raises `NvrtcError` when there is none."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _compiled(nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return f"{major.value}.{minor.value}"
+
+
 def compile_cubin(source: str, architecture: str) -> bytes:
     """Machine code of a CUDA C++ source for one architecture (`sm_90a`). Raises `NvrtcError` with the log's end."""
     library, program = nvrtc(), ctypes.c_void_p()
     _compiled(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
     try:
-        options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+        options = [option.encode() for option in (f"--gpu-architecture={architecture}", *OPTIONS)]
         result = library.nvrtcCompileProgram(
             program, len(options), (ctypes.c_char_p * len(options))(*options)
         )
