@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from wanrt.errors import UsageError
 from wanrt.pipeline.codec import Codec, LocalCodec, StreamingVae
 from wanrt.pipeline.conditioning import Curve, mix
-from wanrt.pipeline.context import CHUNK_LATENTS, AnchorPolicy, pixel_frames
+from wanrt.pipeline.context import CHUNK_LATENTS, AnchorPolicy
 from wanrt.pipeline.envelope import all_finite
 from wanrt.pipeline.lanes import Flag, Lanes, lanes_for
 from wanrt.pipeline.loop import LoopSettings, Pipeline, to_rgb8
@@ -236,14 +236,15 @@ def rehearse(
         return
     import torch
 
+    from wanrt.script import chunk_frames
+
     with torch.inference_mode():
         with lanes.ahead():
             embedding = models.encode("")
             mix(embedding, embedding, 0.5, Curve.SLERP)  # which goes the straight way too
         with lanes.side():
             for chunk in range(2):
-                count = pixel_frames(CHUNK_LATENTS * (chunk + 1)) - pixel_frames(CHUNK_LATENTS * chunk)
-                pixels = torch.zeros(1, 3, count, job.height, job.width, device=device)
+                pixels = torch.zeros(1, 3, chunk_frames(chunk), job.height, job.width, device=device)
                 wiring.convert(pixels)
                 Flag(all_finite(pixels))
 

@@ -397,17 +397,18 @@ def _enter(plan: Assignment, device: torch.device) -> Groups:
         plan.backend, plan.store, plan.rank, len(ranks), plan.watchdog_s, device, loopback=plan.one_machine
     )
     mesh = _group(plan, [rank.rank for rank in ranks if rank.mesh is not None])
+    linked = [rank.rank for rank in ranks if rank.stage0 or rank.mesh is not None]
     vae = down = None
     if plan.topology.vae > 1:
         vae = _group(plan, [rank.rank for rank in ranks if rank.vae is not None])
-        down = _group(plan, [rank.rank for rank in ranks if rank.stage0 or rank.mesh is not None])
+        down = _group(plan, linked)
     # kernels that store on other ranks look like kernels without a result to the compiler
     against = "the compiler would drop what stores elsewhere" if plan.tuning.compile else None
     # in the same order everywhere: opening is a joint call of those that share
     mesh_peers = None if mesh is None else open_peers(mesh, device, against)
     vae_peers = None if vae is None else open_peers(vae, device)  # the VAE is never compiled
     groups = Groups(mesh, vae, down, mesh_peers, vae_peers)
-    if ranks[plan.rank].stage0 or mesh is not None:
+    if plan.rank in linked:
         _link(plan, device, groups).rehearse()
     return groups
 
