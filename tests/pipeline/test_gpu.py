@@ -6,9 +6,12 @@ from fractions import Fraction
 import pytest
 import torch
 
+from wanrt.models.kv_cache import CachePolicy, KVCache
+from wanrt.models.transformer import WanTransformer
 from wanrt.output import PixelFormat, VideoSpec
 from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, find_files, join, make_recorder
 from wanrt.pipeline.devices import choose_precision
+from wanrt.pipeline.graphs import GraphedDenoiser
 from wanrt.pipeline.lanes import OneLane
 from wanrt.pipeline.models import load_stage0, load_transformer
 from wanrt.pipeline.run import converter
@@ -54,6 +57,27 @@ def test_lanes_and_graphs_change_no_bit(job, models, bias, window):
     assert torch.equal(frames_of(job, models, Tuning(graphs=False)), plain)
     # cuDNN measures its algorithms for the graphs: another one may round otherwise, and chunks hand it on
     assert (frames_of(job, models, Tuning()).int() - plain.int()).abs().float().mean() < 1
+
+
+def test_a_prompt_captured_is_the_prompt_launched():
+    """Keys, values and span, of prompts of unlike lengths; nothing of a longer one before is left."""
+    device, config = torch.device("cuda", 0), load_preset("wan-tiny").transformer_config()
+    torch.manual_seed(1)
+    model = WanTransformer(config).to(device, torch.bfloat16).eval().requires_grad_(False)
+    cache = KVCache.allocate(
+        config, policy=CachePolicy.RECOMPUTE, frames=3, grid=(4, 4), device=device, dtype=torch.bfloat16
+    )
+    denoiser = GraphedDenoiser(model, cache, device)
+    denoiser.capture((1, 16, 3, 8, 8), [False], lambda done, of: None)
+    for length in (config.text_len, 3, 1):
+        prompt = torch.randn(1, length, config.text_dim, device=device)
+        with torch.inference_mode():
+            denoiser.set_text(prompt)
+            want, got = model.embed_text(prompt), denoiser._text
+        assert torch.equal(got.span.count, want.span.count)
+        for mine, its in zip(got.keys + got.values, want.keys + want.values, strict=True):
+            assert torch.equal(mine, its)
+    denoiser.close()
 
 
 @pytest.mark.parametrize("window", [1, 3, 4])
@@ -111,3 +135,18 @@ def test_no_sync_inside_a_run(job, anchor, random):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sum(f.count for f in shown) == FRAMES
+
+
+@pytest.mark.parametrize("random", [True, False], ids=["hashed", "encoded"])
+def test_no_memory_is_asked_for_inside_a_run(job, random):
+    """For a prompt as little as for a frame: the driver may let the device finish first."""
+    device = torch.device("cuda", 0)
+    scenes = (Scene(((f"a ball of {chunk}", 1.0),), 9 + 12 * (chunk - 1), chunk) for chunk in range(5, 13))
+    many = Timeline((Scene((("a red ball", 1.0),), 0, 0), *scenes))
+    changed = replace(job, timeline=many, random_weights=random, frames=9 + 14 * 12)
+    pipeline = build_pipeline(
+        changed, find_files(changed), device, Wiring(make_recorder(changed, device, None)), Tuning()
+    )
+    asked = [torch.cuda.memory_stats(device)["num_device_alloc"] for _ in pipeline.run()]
+    assert len(asked) == 15
+    assert asked[-1] == asked[3], "the first chunks fill the window"

@@ -17,26 +17,31 @@ SHAPE = (1, 16, 3, 4, 6)
 CPU = torch.device("cpu")
 
 
-class EagerForward:
-    """Stands in for a captured pass: reads the same static tensors, counts its replays."""
+class EagerCall:
+    """Stands in for a captured call: runs it again, counts how often."""
 
     replays = closed = 0
 
-    def __init__(self, model, cache, plan, latents, time, text, bias, pool):
-        self.latents, self.time = latents.clone(), time
-        self.run = lambda: model.run(self.latents, time, text, cache, plan, bias)
-        self.graph = self
-        self.pool = lambda: None
-        self.run()
+    def __init__(self, function, device, *, warm_up, pool):
+        self._function = function
+        function()
 
-    def __call__(self, latents, time):
-        EagerForward.replays += 1
-        self.latents.copy_(latents)
-        self.time.copy_(time)
-        return self.run()
+    def replay(self):
+        EagerCall.replays += 1
+        return self._function()
+
+    def pool(self):
+        return None
 
     def close(self):
-        EagerForward.closed += 1
+        EagerCall.closed += 1
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(graphs, "CapturedCall", EagerCall)
+    monkeypatch.setattr(EagerCall, "replays", 0)
+    monkeypatch.setattr(EagerCall, "closed", 0)
 
 
 @pytest.fixture
@@ -67,20 +72,18 @@ def latents_of(denoiser, policy, window, biases):
 @pytest.mark.parametrize("policy", list(CachePolicy))
 @pytest.mark.parametrize("window", [3, 4, 6])
 @pytest.mark.parametrize("bias", [1.0, 0.3])
-def test_replays_equal_eager_passes(model, monkeypatch, policy, window, bias):
-    monkeypatch.setattr(graphs, "GraphedForward", EagerForward)
-    monkeypatch.setattr(EagerForward, "replays", 0)
+def test_replays_equal_eager_passes(model, policy, window, bias):
     denoiser = graphs.GraphedDenoiser(model, make_cache(policy, window), CPU)
     denoiser.capture(SHAPE, [bias != 1.0], lambda done, of: None)
     got = latents_of(denoiser, policy, window, [bias] * 6)
     want = latents_of(TransformerDenoiser(model, make_cache(policy, window), CPU), policy, window, [bias] * 6)
     assert torch.equal(got, want)
     first_context = 1 if policy is CachePolicy.RECOMPUTE else 0  # the first chunk has none
-    assert EagerForward.replays == 3 * 6 - first_context  # a context or commit pass and two steps a chunk
+    # a prompt, a context or commit pass and two steps a chunk
+    assert EagerCall.replays == 4 * 6 - first_context
 
 
-def test_a_bias_that_was_not_captured_runs_eagerly(model, monkeypatch):
-    monkeypatch.setattr(graphs, "GraphedForward", EagerForward)
+def test_a_bias_that_was_not_captured_runs_eagerly(model):
     policy, biases = CachePolicy.RECOMPUTE, [1.0, 1.0, 0.5, 0.2, 1.0]
     denoiser = graphs.GraphedDenoiser(model, make_cache(policy, 3), CPU)
     denoiser.capture(SHAPE, [False], lambda done, of: None)
@@ -89,20 +92,19 @@ def test_a_bias_that_was_not_captured_runs_eagerly(model, monkeypatch):
     assert torch.equal(got, want)
 
 
-def test_live_changes_capture_nothing_anew(model, monkeypatch):
-    monkeypatch.setattr(graphs, "GraphedForward", EagerForward)
-    monkeypatch.setattr(EagerForward, "replays", 0)
+def test_live_changes_capture_nothing_anew(model):
     policy, biases = CachePolicy.RECOMPUTE, [1.0, 0.5, 0.2, 1.0, 0.9]
     denoiser = graphs.GraphedDenoiser(model, make_cache(policy, 3), CPU)
     seen = []
     denoiser.capture(SHAPE, [True, False], lambda done, of: seen.append((done, of)))
     captured = dict(denoiser._graphs)
-    assert seen == [(i, 5) for i in range(5)]  # one context pass, two denoising passes with and without bias
+    # one context pass, two denoising passes with and without bias, the prompt
+    assert seen == [(i, 6) for i in range(6)]
     got = latents_of(denoiser, policy, 3, biases)
     want = latents_of(TransformerDenoiser(model, make_cache(policy, 3), CPU), policy, 3, biases)
     assert torch.equal(got, want)
     assert denoiser._graphs == captured
-    assert EagerForward.replays == 3 * 5 - 1
+    assert EagerCall.replays == 4 * 5 - 1
 
 
 @pytest.mark.parametrize("policy", list(CachePolicy))
@@ -122,10 +124,8 @@ def test_every_plan_of_a_stream_is_captured(policy, window):
             cache.finish(plan)
 
 
-def test_a_capture_that_breaks_off_keeps_no_graph(model, monkeypatch):
+def test_a_capture_that_breaks_off_keeps_no_graph(model):
     """They would hold a communicator that NCCL then never gives up."""
-    monkeypatch.setattr(graphs, "GraphedForward", EagerForward)
-    monkeypatch.setattr(EagerForward, "closed", 0)
     denoiser = graphs.GraphedDenoiser(model, make_cache(CachePolicy.RECOMPUTE, 3), CPU)
 
     def fail_at_third(done, of):
@@ -134,6 +134,6 @@ def test_a_capture_that_breaks_off_keeps_no_graph(model, monkeypatch):
 
     with pytest.raises(RuntimeError, match="another rank"):
         denoiser.capture(SHAPE, (False,), fail_at_third)
-    assert EagerForward.closed == 2
+    assert EagerCall.closed == 2
     denoiser.close()
-    assert EagerForward.closed == 2
+    assert EagerCall.closed == 2

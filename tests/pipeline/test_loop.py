@@ -1,3 +1,4 @@
+import gc
 from dataclasses import dataclass
 
 import pytest
@@ -67,6 +68,15 @@ def test_a_short_video_is_a_prefix_of_a_long_one(fake_pipeline):
 def test_endless(fake_pipeline):
     frames = fake_pipeline(frames=None)[0].run()
     assert torch.equal(torch.cat([next(frames).pixels for _ in range(5)]), video(fake_pipeline(frames=57)[0]))
+
+
+def test_a_stream_s_collections_pass_over_what_was_there_before(fake_pipeline):
+    """Nor is anything kept from collection when the stream has ended, or was given up."""
+    frames = fake_pipeline(frames=None)[0].run()
+    next(frames)
+    assert gc.get_freeze_count() > 10_000
+    frames.close()
+    assert gc.get_freeze_count() == 0
 
 
 def test_the_same_twice_and_another_seed(fake_pipeline):

@@ -335,6 +335,29 @@ def linear_fp32(layer: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.float(), layer.bias.float())
 
 
+def pad_text(embeddings: Tensor, config: TransformerConfig) -> Tensor:
+    """Prompt embeddings as long as the model wants them, `[B, text_len, text_dim]`.
+
+    Args:
+        embeddings: `[B, L, text_dim]`, L <= text_len, zero after the prompt's last token. Shorter ones are padded
+            with zeros, and like Wan2.1 the model attends to the embedded padding.
+        config: of the model.
+
+    Raises:
+        ValueError: wrong shape.
+    """
+    if (
+        embeddings.ndim != 3
+        or embeddings.shape[1] > config.text_len
+        or embeddings.shape[2] != config.text_dim
+    ):
+        raise ValueError(
+            f"text embeddings: got shape {tuple(embeddings.shape)}, "
+            f"expected [B, up to {config.text_len}, {config.text_dim}]"
+        )
+    return F.pad(embeddings, (0, 0, 0, config.text_len - embeddings.shape[1]))
+
+
 class WanTransformer(nn.Module):
     """Velocity of video latents, chunk after chunk, for any size of the Wan2.1 text-to-video family.
 
@@ -363,22 +386,12 @@ class WanTransformer(nn.Module):
         self.head = Head(config)
 
     def embed_text(self, embeddings: Tensor) -> TextKV:
-        """Cross-attention keys and values of prompt embeddings; differentiable.
-
-        Args:
-            embeddings: `[B, L, text_dim]`, L <= text_len, zero after the prompt's last token. Shorter ones
-                are padded with zeros, and like Wan2.1 the model attends to the embedded padding.
+        """Cross-attention keys and values of prompt embeddings, see `pad_text`; differentiable.
 
         Raises:
             ValueError: wrong shape.
         """
-        length, text_len = embeddings.shape[1], self.config.text_len
-        if embeddings.ndim != 3 or length > text_len or embeddings.shape[2] != self.config.text_dim:
-            raise ValueError(
-                f"text embeddings: got shape {tuple(embeddings.shape)}, "
-                f"expected [B, up to {text_len}, {self.config.text_dim}]"
-            )
-        padded = F.pad(embeddings.to(self.dtype), (0, 0, 0, text_len - length))
+        padded = pad_text(embeddings, self.config).to(self.dtype)
         text = self.text_embedding(padded)
         pairs = [block.cross_attn.embed(text, self.elementwise) for block in self._blocks()]
         return TextKV(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), TextSpan.of(padded))

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from wanrt.models.cuda_graph import CapturedCall
 from wanrt.models.vae import VaeState
 from wanrt.models.vae_fast import FastVae
 
@@ -53,27 +54,17 @@ class GraphedCall:
 
     def __init__(self, function: Callable[[Tensor], Tensor], static: Tensor, vae: FastVae) -> None:
         self.static = static
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), convolutions(vae):
-            for _ in range(WARM_UP_CALLS):
-                function(static)
-            self.graph = torch.cuda.CUDAGraph()
-            side.synchronize()
-            # thread_local: the panel asks the driver for free memory from its own thread meanwhile
-            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
-                self.output = function(static)
-        torch.cuda.current_stream().wait_stream(side)
+        with convolutions(vae):
+            self._call = CapturedCall(lambda: function(static), static.device, warm_up=WARM_UP_CALLS)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Replay on `x`. The result is a copy: the next replay does not touch it."""
         self.static.copy_(x)
-        self.graph.replay()
-        return self.output.clone()
+        return self._call.replay().clone()
 
     def close(self) -> None:
         """Gives the graph up, whoever still holds this object."""
-        self.graph.reset()
+        self._call.close()
 
 
 class GraphedVae:

@@ -17,7 +17,7 @@ from wanrt.pipeline.lanes import Flag, Lanes, lanes_for
 from wanrt.pipeline.loop import LoopSettings, Pipeline, to_rgb8
 from wanrt.pipeline.mesh import Denoiser, InProcessMesh, Mesh, MeshSettings
 from wanrt.pipeline.pixels import PixelStage
-from wanrt.pipeline.prompts import PromptBook
+from wanrt.pipeline.prompts import KEPT, PromptBook
 from wanrt.telemetry import Recorder, clock_for
 
 if TYPE_CHECKING:
@@ -242,6 +242,10 @@ def rehearse(
         with lanes.ahead():
             embedding = models.encode("")
             mix(embedding, embedding, 0.5, Curve.SLERP)  # which goes the straight way too
+            room = [
+                torch.empty_like(embedding) for _ in range(KEPT)
+            ]  # to ask the driver later makes the device wait
+            del room
         with lanes.side():
             for chunk in range(2):
                 pixels = torch.zeros(1, 3, chunk_frames(chunk), job.height, job.width, device=device)

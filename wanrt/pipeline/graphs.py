@@ -1,4 +1,4 @@
-"""CUDA graphs of the transformer's passes: one launch a forward instead of some thousand.
+"""CUDA graphs of the transformer's passes and of a prompt's way in: one launch instead of some hundred or thousand.
 
 Every pass that a stream will ever make is known beforehand: the context grows by a chunk until it fills the window,
 then nothing changes any more. Each is captured once, before the first chunk; prompt, bias, timesteps and latents
@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wanrt.models.cuda_graph import CapturedCall
 from wanrt.models.kv_cache import CachePolicy, Pass, PassPlan
+from wanrt.models.transformer import pad_text
 from wanrt.pipeline.context import CHUNK_LATENTS
 from wanrt.pipeline.denoiser import TransformerDenoiser
 
@@ -25,7 +27,35 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("wanrt.pipeline")
 
-WARM_UP_RUNS = 2  # libraries choose kernels and allocate workspaces in the first; capture must see neither
+WARM_UP_RUNS = 2  # all is chosen and allocated in the first; the second shows it
+
+
+class GraphedText:
+    """A prompt's way into `text`, whose keys and values stay where they are, captured.
+
+    Launched one by one, its kernels kept the host of a mesh rank for 9 to 48 ms (64 layers, H100): longer than the
+    chunk under way covers.
+    """
+
+    def __init__(
+        self, model: WanTransformer, text: TextKV, batch: int, device: torch.device, pool: Any
+    ) -> None:
+        config = self._config = model.config
+        self._padded = torch.zeros(batch, config.text_len, config.text_dim, dtype=model.dtype, device=device)
+
+        def run() -> None:
+            text.copy_(model.embed_text(self._padded))
+
+        self._call = CapturedCall(run, device, warm_up=WARM_UP_RUNS, pool=pool)
+
+    def __call__(self, embedding: torch.Tensor) -> None:
+        """Replay with another prompt, `[B, L, text_dim]`."""
+        self._padded.copy_(pad_text(embedding, self._config))
+        self._call.replay()
+
+    def close(self) -> None:
+        """Gives the graph up, whoever still holds this object."""
+        self._call.close()
 
 
 class GraphedForward:
@@ -46,35 +76,24 @@ class GraphedForward:
         bias: torch.Tensor | None,
         pool: Any,
     ) -> None:
-        self.plan = plan
         self._latents = latents.clone()
         self._time = time
 
         def run() -> torch.Tensor | None:
             return model.run(self._latents, time, text, cache, plan, bias)
 
-        side = torch.cuda.Stream(latents.device)
-        side.wait_stream(torch.cuda.current_stream(latents.device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_RUNS):
-                run()
-        side.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        # thread_local: the panel asks the driver for free memory from its own thread meanwhile
-        with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            self._velocity = run()
-        torch.cuda.current_stream(latents.device).wait_stream(side)
+        self._call = CapturedCall(run, latents.device, warm_up=WARM_UP_RUNS, pool=pool)
+        self.pool = self._call.pool
 
     def __call__(self, latents: torch.Tensor, time: TimeEmbedding) -> torch.Tensor | None:
         """Replay. The velocity is overwritten by the next replay of any graph of the pool: use it before."""
         self._latents.copy_(latents)
         self._time.copy_(time)
-        self.graph.replay()
-        return self._velocity
+        return self._call.replay()
 
     def close(self) -> None:
         """Gives the graph up, whoever still holds this object."""
-        self.graph.reset()
+        self._call.close()
 
 
 class GraphedDenoiser(TransformerDenoiser):
@@ -85,11 +104,14 @@ class GraphedDenoiser(TransformerDenoiser):
         self._graphs: dict[tuple[PassPlan, bool], GraphedForward] = {}
         self._log_bias = torch.zeros((), device=device)
         self._static: TimeEmbedding  # where the graphs read theirs
+        self._text_graph: GraphedText | None = None
 
     def set_text(self, embedding: torch.Tensor) -> None:
         """The prompt's keys and values, at the address that the graphs read."""
-        fresh = self._model.embed_text(embedding.to(self.device))
-        self._text = fresh if self._text is None else self._text.copy_(fresh)
+        if self._text_graph is None:
+            super().set_text(embedding)
+        else:
+            self._text_graph(embedding.to(self.device))
 
     def set_bias(self, bias: float) -> None:
         """As in the eager denoiser, at the address that the graphs read."""
@@ -99,7 +121,7 @@ class GraphedDenoiser(TransformerDenoiser):
     def capture(
         self, shape: tuple[int, ...], biased: Iterable[bool], progress: Callable[[int, int], None]
     ) -> None:
-        """Captures every pass for chunks of `shape` `[B, 16, 3, h, w]`; resets the cache.
+        """Captures every pass for chunks of `shape` `[B, 16, 3, h, w]`, and the prompt's way in; resets the cache.
 
         `biased`: with and without attention bias are different graphs; name those that will be needed, the other
         runs eagerly. `progress` hears how many of how many are done.
@@ -113,26 +135,40 @@ class GraphedDenoiser(TransformerDenoiser):
             self._static = self._model.embed_time(torch.zeros(shape[0], 1, device=self.device))
             try:
                 for done, (plan, on) in enumerate(distinct):
-                    progress(done, len(distinct))
+                    progress(done, len(distinct) + 1)
                     self._capture(plan, latents, self._log_bias if on else None)
+                progress(len(distinct), len(distinct) + 1)
+                self._capture_text(shape[0])
             except BaseException:
                 self.close()
                 raise
         self._cache.reset()
-        log.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.perf_counter() - started)
+        log.info("captured %d CUDA graphs in %.1f s", len(distinct) + 1, time.perf_counter() - started)
 
     def _capture(self, plan: PassPlan, latents: torch.Tensor, bias: torch.Tensor | None) -> None:
         assert self._text is not None
         frames = latents[:, :, :1].expand(-1, -1, plan.frames, -1, -1)
-        pool = next((graph.graph.pool() for graph in self._graphs.values()), None)
-        forward = GraphedForward(self._model, self._cache, plan, frames, self._static, self._text, bias, pool)
+        forward = GraphedForward(
+            self._model, self._cache, plan, frames, self._static, self._text, bias, self._pool()
+        )
         self._graphs[plan, bias is not None] = forward
+
+    def _capture_text(self, batch: int) -> None:
+        assert self._text is not None
+        self._text_graph = GraphedText(self._model, self._text, batch, self.device, self._pool())
+
+    def _pool(self) -> Any:
+        """The memory of all graphs: none is replayed beside another."""
+        return next((graph.pool() for graph in self._graphs.values()), None)
 
     def close(self) -> None:
         """See `Denoiser.close`: NCCL waits for the graphs of a sharded model."""
         for graph in self._graphs.values():
             graph.close()
         self._graphs.clear()
+        if self._text_graph is not None:
+            self._text_graph.close()
+            self._text_graph = None
 
     def _run(
         self, latents: torch.Tensor, time: TimeEmbedding, plan: PassPlan, bias: torch.Tensor | None

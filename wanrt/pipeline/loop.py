@@ -17,6 +17,7 @@ from wanrt.pipeline.context import (
     pixel_frames,
 )
 from wanrt.pipeline.envelope import ChunkRequest, ChunkResult, Control, MeshHandle, all_finite
+from wanrt.pipeline.heap import settled_heap
 from wanrt.pipeline.lanes import Flag, Lanes, OneLane
 from wanrt.pipeline.pixels import PixelStage
 from wanrt.pipeline.prompts import PromptBook, Timeline
@@ -103,6 +104,10 @@ class Pipeline:
         device has passed it, and thus never runs ahead by more than a chunk. Raises `RunError` for a chunk with
         NaN or Inf, before its frames are given out.
         """
+        with settled_heap():
+            yield from self._run()
+
+    def _run(self) -> Iterator[Frames]:
         policy = self._settings.policy
         held: _Shown | None = None
         self._hand_over(self._request(0))

@@ -20,6 +20,7 @@ from wanrt.parallel.member import words_of
 from wanrt.parallel.team import Spans, Team, answering
 from wanrt.pipeline.codec import VaePart
 from wanrt.pipeline.envelope import ChunkRequest, ChunkResult, Control, all_finite
+from wanrt.pipeline.heap import settled_heap
 from wanrt.pipeline.mesh import Mesh, refuse_under_way
 from wanrt.telemetry import Recorder
 
@@ -249,6 +250,13 @@ class Roles:
 
 def serve(roles: Roles, link: Link, pipe: Connection, recorder: Recorder) -> None:
     """A rank's life: command after command, in stage 0's order, until the pipe says None."""
+    with settled_heap():
+        _follow(roles, link, pipe, recorder)
+    link.settle()
+    pipe.send(Spans(recorder.drain()))
+
+
+def _follow(roles: Roles, link: Link, pipe: Connection, recorder: Recorder) -> None:
     while (command := pipe.recv()) is not None:
         if isinstance(command, Header):
             assert roles.mesh is not None, "headers go to the mesh"
@@ -261,8 +269,6 @@ def serve(roles: Roles, link: Link, pipe: Connection, recorder: Recorder) -> Non
             roles.vae.follow(command, recorder)
         if batch := recorder.drain():
             pipe.send(Spans(batch))
-    link.settle()
-    pipe.send(Spans(recorder.drain()))
 
 
 def _make_chunk(mesh: Mesh, link: Link, header: Header, *, answers: bool) -> None:
