@@ -55,7 +55,7 @@ class Passes:
         self.context.mul_(0.9)
         self.noisy.copy_(self.less_noisy)
         self.bias.mul_(0.5)
-        self.text.copy_(self.model.embed_text(self.prompts[1]))
+        self.model.embed_text_into(self.text, self.prompts[1])
 
 
 @pytest.fixture

@@ -74,14 +74,6 @@ class TextKV:
         for key, value in zip(self.keys, self.values, strict=True):
             yield LayerText(key, value, self.span)
 
-    def copy_(self, other: TextKV) -> TextKV:
-        """Overwrite in place, so that captured graphs see the new prompt at the old addresses."""
-        with torch.no_grad():
-            for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
-                mine.copy_(theirs)
-            self.span.copy_(other.span)
-        return self
-
 
 @dataclass(frozen=True)
 class LayerText:
@@ -392,9 +384,26 @@ class WanTransformer(nn.Module):
             ValueError: wrong shape.
         """
         padded = pad_text(embeddings, self.config).to(self.dtype)
-        text = self.text_embedding(padded)
-        pairs = [block.cross_attn.embed(text, self.elementwise) for block in self._blocks()]
+        pairs = tuple(self._text_pairs(padded))
         return TextKV(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), TextSpan.of(padded))
+
+    @torch.no_grad()
+    def embed_text_into(self, text: TextKV, embeddings: Tensor) -> None:
+        """What `embed_text` gives, in place of another prompt and at its addresses, where captured graphs read it.
+
+        Layer by layer: two prompts' keys and values would be 0.8 GB at 14B.
+        """
+        padded = pad_text(embeddings, self.config).to(self.dtype)
+        for key, value, pair in zip(text.keys, text.values, self._text_pairs(padded), strict=True):
+            key.copy_(pair[0])
+            value.copy_(pair[1])
+        text.span.copy_(TextSpan.of(padded))
+
+    def _text_pairs(self, padded: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer, one layer at a time."""
+        text = self.text_embedding(padded)
+        for block in self._blocks():
+            yield block.cross_attn.embed(text, self.elementwise)
 
     def embed_time(self, timesteps: Tensor) -> TimeEmbedding:
         """What `run` needs of timesteps `[B, F]` in 0..1000; differentiable.

@@ -279,6 +279,10 @@ class UlyssesTransformer(nn.Module):
         """See `WanTransformer.embed_text`; whole on every rank, as cross-attention is local."""
         return self.model.embed_text(embeddings)
 
+    def embed_text_into(self, text: TextKV, embeddings: Tensor) -> None:
+        """See `WanTransformer.embed_text_into`."""
+        self.model.embed_text_into(text, embeddings)
+
     def embed_time(self, timesteps: Tensor) -> TimeEmbedding:
         """See `WanTransformer.embed_time`; whole on every rank, as it speaks of frames."""
         return self.model.embed_time(timesteps)

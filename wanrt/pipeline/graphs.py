@@ -44,7 +44,7 @@ class GraphedText:
         self._padded = torch.zeros(batch, config.text_len, config.text_dim, dtype=model.dtype, device=device)
 
         def run() -> None:
-            text.copy_(model.embed_text(self._padded))
+            model.embed_text_into(text, self._padded)
 
         self._call = CapturedCall(run, device, warm_up=WARM_UP_RUNS, pool=pool)
 
