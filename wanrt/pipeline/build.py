@@ -242,9 +242,8 @@ def rehearse(
         with lanes.ahead():
             embedding = models.encode("")
             mix(embedding, embedding, 0.5, Curve.SLERP)  # which goes the straight way too
-            room = [
-                torch.empty_like(embedding) for _ in range(KEPT)
-            ]  # to ask the driver later makes the device wait
+            # of all prompts that are kept: asked for in a stream, memory may make the device wait
+            room = [torch.empty_like(embedding) for _ in range(KEPT)]
             del room
         with lanes.side():
             for chunk in range(2):
