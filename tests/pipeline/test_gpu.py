@@ -9,7 +9,8 @@ import torch
 from wanrt.models.kv_cache import CachePolicy, KVCache
 from wanrt.models.transformer import WanTransformer
 from wanrt.output import PixelFormat, VideoSpec
-from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, find_files, join, make_recorder
+from wanrt.pipeline.assemble import build_pipeline
+from wanrt.pipeline.build import Tuning, Wiring, find_files, join, make_recorder
 from wanrt.pipeline.devices import choose_precision
 from wanrt.pipeline.graphs import GraphedDenoiser
 from wanrt.pipeline.lanes import OneLane

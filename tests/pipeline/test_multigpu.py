@@ -16,8 +16,9 @@ import torch
 
 from tests.pipeline.test_ranks import endless, rendered
 from wanrt.parallel.reserve import Reserve
+from wanrt.pipeline.assemble import build_pipeline
 from wanrt.pipeline.bench import bench
-from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, make_recorder
+from wanrt.pipeline.build import Tuning, Wiring, make_recorder
 from wanrt.pipeline.ranks import prepare
 from wanrt.script import Curve, RenderJob, Scene, Timeline, load_preset
 

@@ -14,7 +14,8 @@ import torch
 
 from wanrt.errors import RunError, UsageError
 from wanrt.pipeline import ranks, render
-from wanrt.pipeline.build import Wiring, build_pipeline, settle_topology, topology_of
+from wanrt.pipeline.assemble import build_pipeline
+from wanrt.pipeline.build import Wiring, settle_topology, topology_of
 from wanrt.pipeline.cancel import Cancel, CancelledError
 from wanrt.pipeline.loop import to_rgb8
 from wanrt.script import Curve, RenderJob, Scene, Timeline

@@ -11,7 +11,7 @@ import torch
 from wanrt.errors import OutputError, RunError, UsageError
 from wanrt.output import QueuedSink
 from wanrt.panel import Phase
-from wanrt.pipeline import build, render
+from wanrt.pipeline import assemble, render
 from wanrt.pipeline.cancel import Cancel, CancelledError
 from wanrt.pipeline.loop import Frames
 from wanrt.pipeline.monitor import Monitor
@@ -74,7 +74,7 @@ def run(monkeypatch, job):
     """Renders `job` with a fake pipeline: (observer, pipeline)."""
 
     def run(pipeline, changed=job, **kwargs):
-        monkeypatch.setattr(build, "build_pipeline", lambda *args: pipeline)
+        monkeypatch.setattr(assemble, "build_pipeline", lambda *args: pipeline)
         observer = Watcher()
         try:
             return render(changed, observer, **kwargs), observer

@@ -6,8 +6,9 @@ from fractions import Fraction
 import pytest
 import torch
 
+from wanrt.pipeline.assemble import build_pipeline
 from wanrt.pipeline.bench import run_bench
-from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, make_recorder
+from wanrt.pipeline.build import Tuning, Wiring, make_recorder
 from wanrt.pipeline.devices import choose_precision
 from wanrt.pipeline.matrix import entries_of
 from wanrt.pipeline.models import unheard

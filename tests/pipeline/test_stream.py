@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from wanrt.errors import UsageError
-from wanrt.pipeline import build
+from wanrt.pipeline import assemble
 from wanrt.pipeline.cancel import CancelledError, StoppedError
 from wanrt.pipeline.control import ask, find_run, runs
 from wanrt.pipeline.live import LiveTimeline
@@ -94,7 +94,7 @@ def streaming(monkeypatch, job):
         def __init__(self, job=job, **plan):
             self.observer, self.pipelines, self.error, self.result = Watcher(), [], None, None
             self.job, self.plan = job, StreamPlan(**plan)
-            monkeypatch.setattr(build, "build_pipeline", self.build)
+            monkeypatch.setattr(assemble, "build_pipeline", self.build)
             self.thread = threading.Thread(target=self.work)
             self.thread.start()
 
@@ -226,7 +226,7 @@ def test_a_paused_stream_can_be_stopped(streaming, tmp_path):
 
 
 def test_a_length_ends_it(monkeypatch, job, tmp_path):
-    monkeypatch.setattr(build, "build_pipeline", lambda job, *args: FakePipeline(job))
+    monkeypatch.setattr(assemble, "build_pipeline", lambda job, *args: FakePipeline(job))
     plan = StreamPlan(targets=(f"{tmp_path}/a.mp4",))
     result = stream(replace(job, frames=33), plan, Watcher())
     assert (result.frames, result.chunks, frames_in(tmp_path / "a.mp4")) == (33, 3, 33)
@@ -241,7 +241,7 @@ def test_a_signal_finishes_the_recording(monkeypatch, job, tmp_path, signum):
                 if frames.chunk == 3:
                     os.kill(os.getpid(), signum)
 
-    monkeypatch.setattr(build, "build_pipeline", lambda job, *args: Interrupted(job))
+    monkeypatch.setattr(assemble, "build_pipeline", lambda job, *args: Interrupted(job))
     observer = Watcher()
     with pytest.raises(CancelledError) as ended:
         stream(job, StreamPlan(targets=(f"{tmp_path}/a.mp4", f"{tmp_path}/a.m3u8")), observer)
@@ -253,7 +253,7 @@ def test_a_signal_finishes_the_recording(monkeypatch, job, tmp_path, signum):
 
 def test_keys_are_nowhere(monkeypatch, job, tmp_path, caplog, capfd):
     """An address nobody answers at, a recording, statistics, a trace: none of them knows the key."""
-    monkeypatch.setattr(build, "build_pipeline", lambda job, *args: FakePipeline(job))
+    monkeypatch.setattr(assemble, "build_pipeline", lambda job, *args: FakePipeline(job))
     observer, addresses = Watcher(), []
     plan = StreamPlan(targets=(URL, f"{tmp_path}/a.mp4", f"{tmp_path}/a.m3u8"), serve=("127.0.0.1", 0))
     timed = replace(job, frames=69, stats=tmp_path / "s.json", trace=tmp_path / "t.json")
@@ -393,7 +393,7 @@ def test_a_stop_while_it_loads(monkeypatch, job, tmp_path):
         ask(find_run(None), "stop")
         wiring.check()
 
-    monkeypatch.setattr(build, "build_pipeline", load)
+    monkeypatch.setattr(assemble, "build_pipeline", load)
     with pytest.raises(StoppedError) as stopped:
         stream(job, StreamPlan(targets=(f"{tmp_path}/a.mp4",)), Watcher())
     assert stopped.value.exit_code == 0

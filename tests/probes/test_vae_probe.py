@@ -19,6 +19,7 @@ from wanrt.models.vae import CausalConv3d, Upsample, VaeConfig, VaeState, WanVae
 from wanrt.probes import vae_command
 from wanrt.probes.vae_anchor import anchor
 from wanrt.probes.vae_cost import cost, group_of
+from wanrt.probes.vae_open import open_subject
 from wanrt.probes.vae_partial import (
     Verdict,
     decoder_causality,
@@ -28,7 +29,7 @@ from wanrt.probes.vae_partial import (
 )
 from wanrt.probes.vae_probe import choose, probe
 from wanrt.probes.vae_reach import decoder_reach, encoder_reach, warm_up
-from wanrt.probes.vae_subject import Subject, moving_picture, open_subject, randomise, streaming_subject
+from wanrt.probes.vae_subject import Subject, moving_picture, randomise, streaming_subject
 
 GRID = (4, 3)
 

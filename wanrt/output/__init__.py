@@ -7,8 +7,8 @@ its own behind a bounded queue. Nothing heavy (torch, av) is imported until a si
 from .open import open_outputs, open_sink
 from .quality import Quality
 from .queued import QueuedSink, QueueState
-from .sink import PixelFormat, Sink
-from .spec import VideoSpec, exact_fps
+from .sink import Sink
+from .spec import PixelFormat, VideoSpec, exact_fps
 from .target import Target, check_target
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,11 +13,7 @@ from torch import Tensor
 
 from wanrt_kernels.nv12 import rgb_to_nv12
 
-from .sink import PixelFormat
-from .spec import VideoSpec
-
-if TYPE_CHECKING:
-    from .sink import Pixels
+from .spec import PixelFormat, VideoSpec
 
 log = logging.getLogger("wanrt.output")
 
@@ -44,6 +40,9 @@ class FrameBlock:
         if self.ready is not None:
             self.ready.synchronize()
         return self.data.numpy()
+
+
+Pixels: TypeAlias = Tensor | np.ndarray | FrameBlock
 
 
 def to_block(pixels: Pixels, spec: VideoSpec, wanted: PixelFormat) -> FrameBlock:

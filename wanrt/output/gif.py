@@ -15,12 +15,12 @@ from wanrt.errors import OutputError, UsageError
 from .errors import output_errors
 from .frames import to_block
 from .publish import keep_partial, put_in_place
-from .sink import PixelFormat, Sink
-from .spec import VideoSpec
+from .sink import Sink
+from .spec import PixelFormat, VideoSpec
 from .target import Target
 
 if TYPE_CHECKING:
-    from .sink import Pixels
+    from .frames import Pixels
 
 log = logging.getLogger("wanrt.output")
 

@@ -15,12 +15,12 @@ from wanrt.errors import OutputError
 
 from .errors import output_errors
 from .frames import to_block
-from .sink import PixelFormat, Sink
-from .spec import VideoSpec
+from .sink import Sink
+from .spec import PixelFormat, VideoSpec
 from .target import Target
 
 if TYPE_CHECKING:
-    from .sink import Pixels
+    from .frames import Pixels
 
 IHDR_END = 33  # signature 8, IHDR chunk 25 (PNG specification, section 11.2.1)
 

@@ -23,13 +23,12 @@ from .flv import SilentAudio
 from .frames import to_block
 from .hls import HlsFolder, check_folder
 from .pacing import Metronome, Pace, Pacer
-from .sink import PixelFormat, Sink
-from .spec import VideoSpec
+from .sink import Sink
+from .spec import PixelFormat, VideoSpec
 from .transport import LiveTrack, connect
 
 if TYPE_CHECKING:
-    from .frames import FrameBlock
-    from .sink import Pixels
+    from .frames import FrameBlock, Pixels
 
 log = logging.getLogger("wanrt.output")
 

@@ -15,14 +15,14 @@ from .errors import output_errors
 from .fragments import FragmentFile, make_fragment
 from .frames import to_block
 from .publish import keep_partial, publish
-from .sink import PixelFormat, Sink
-from .spec import VideoSpec
+from .sink import Sink
+from .spec import PixelFormat, VideoSpec
 from .target import Target
 
 if TYPE_CHECKING:
     from av import Packet
 
-    from .sink import Pixels
+    from .frames import Pixels
 
 log = logging.getLogger("wanrt.output")
 

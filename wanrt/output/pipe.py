@@ -22,7 +22,7 @@ from .spec import VideoSpec
 from .target import Target
 
 if TYPE_CHECKING:
-    from .sink import Pixels
+    from .frames import Pixels
 
 log = logging.getLogger("wanrt.output")
 

@@ -16,7 +16,7 @@ from wanrt.errors import OutputError
 from .sink import Sink
 
 if TYPE_CHECKING:
-    from .sink import Pixels
+    from .frames import Pixels
 
 log = logging.getLogger("wanrt.output")
 

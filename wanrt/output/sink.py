@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeAlias
+from typing import TYPE_CHECKING, Self
 
-from .spec import VideoSpec
+from .spec import PixelFormat, VideoSpec
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
-    from .frames import FrameBlock
-
-    Pixels: TypeAlias = Tensor | np.ndarray | FrameBlock
-
-
-class PixelFormat(StrEnum):
-    """What a sink finally needs: the layout that should cross from the device to the host."""
-
-    NV12 = "nv12"  # uint8 [T, H * 3 // 2, W], BT.709 limited range
-    RGB = "rgb24"  # uint8 [T, H, W, 3]
+    from .frames import Pixels
 
 
 class Sink(ABC):

@@ -1,8 +1,9 @@
-"""What a video is to a sink: size and exact frame rate."""
+"""What a video is to a sink: size, exact frame rate, layout of its pixels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from fractions import Fraction
 
 from wanrt.errors import UsageError
@@ -59,3 +60,10 @@ class VideoSpec:
     def seconds(self, frames: int) -> Fraction:
         """How long that many frames last, in seconds."""
         return frames / self.fps
+
+
+class PixelFormat(StrEnum):
+    """What a sink finally needs: the layout that should cross from the device to the host."""
+
+    NV12 = "nv12"  # uint8 [T, H * 3 // 2, W], BT.709 limited range
+    RGB = "rgb24"  # uint8 [T, H, W, 3]

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from wanrt.errors import OutputError
 
-from .sink import PixelFormat, Sink
+from .sink import Sink
+from .spec import PixelFormat
 
 if TYPE_CHECKING:
-    from .sink import Pixels
+    from .frames import Pixels
 
 log = logging.getLogger("wanrt.output")
 

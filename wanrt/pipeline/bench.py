@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from wanrt.errors import UsageError, WanrtError
 from wanrt.output import PixelFormat, QueuedSink, Sink, VideoSpec
 from wanrt.parallel.team import LIBRARY
+from wanrt.pipeline.assemble import build_pipeline
 from wanrt.pipeline.bench_report import BenchReport, Unmeasured, by_chunk, report, table
-from wanrt.pipeline.build import Tuning, Wiring, build_pipeline, find_files, make_recorder, settle_topology
+from wanrt.pipeline.build import Tuning, Wiring, find_files, make_recorder, settle_topology
 from wanrt.pipeline.context import CHUNK_LATENTS, pixel_frames
 from wanrt.pipeline.encoding import RecordedSink
 from wanrt.pipeline.matrix import NO_P2P, Entry, needs_own_process
@@ -24,7 +25,7 @@ from wanrt.pipeline.startup import Say, Startup, silent
 if TYPE_CHECKING:
     import torch
 
-    from wanrt.output.sink import Pixels
+    from wanrt.output.frames import Pixels
     from wanrt.parallel.crew import Crew
     from wanrt.parallel.reserve import Reserve
     from wanrt.pipeline.shelf import Shelf

@@ -142,38 +142,6 @@ def topology_of(job: RenderJob) -> Topology:
     return topology
 
 
-def build_pipeline(
-    job: RenderJob,
-    files: ModelFiles | None,
-    device: torch.device,
-    wiring: Wiring,
-    tuning: Tuning | None = None,
-) -> Pipeline:
-    """Loads the models of `job` and joins them. `files` as `find_files` gave them.
-
-    With a topology of several devices, `device` is the first; the other ranks are started, and end with
-    `Pipeline.close`. Raises `WeightsError` for foreign or damaged checkpoints, `RunError` for a rank that fails.
-    """
-    topology, tuning = topology_of(job), tuning or Tuning()
-    if topology.distributed:
-        from wanrt.pipeline.ranks import build_ranked
-
-        if wiring.shelf is not None:
-            wiring.shelf.clear()  # ranks load their own shares
-        return build_ranked(job, files, device, topology, wiring, tuning)
-    from wanrt.pipeline.devices import choose_precision
-    from wanrt.pipeline.shelf import Shelf
-
-    precision, shelf = choose_precision(job.precision, device), wiring.shelf or Shelf()
-    models = shelf.stage0(job, files, device, precision, wiring.progress)
-    wiring.check()
-    transformer = shelf.transformer(
-        job, files, device, precision, wiring.progress, compiled=tuning.compile and device.type == "cuda"
-    )
-    wiring.check()
-    return join(job, models, transformer, device, wiring, tuning)
-
-
 def join(
     job: RenderJob,
     models: Stage0Models,

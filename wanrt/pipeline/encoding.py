@@ -9,7 +9,7 @@ from wanrt.output import Sink
 from wanrt.telemetry import Recorder
 
 if TYPE_CHECKING:
-    from wanrt.output.sink import Pixels
+    from wanrt.output.frames import Pixels
 
 STAGE = "encoder"
 

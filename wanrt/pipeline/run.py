@@ -89,7 +89,8 @@ class Run(ABC):
         self._job = settle_topology(self._job, self._device, world)
 
     def _make(self) -> None:
-        from wanrt.pipeline.build import Wiring, build_pipeline, make_recorder
+        from wanrt.pipeline.assemble import build_pipeline
+        from wanrt.pipeline.build import Wiring, make_recorder
         from wanrt.pipeline.devices import set_threads
 
         self._check()

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from wanrt.errors import OutputError, UsageError
 from wanrt.probes.tables import console
+from wanrt.probes.vae_open import open_subject
 from wanrt.probes.vae_probe import choose, probe
-from wanrt.probes.vae_subject import Subject, open_subject
+from wanrt.probes.vae_subject import Subject
 
 if TYPE_CHECKING:
     from wanrt.probes.vae_family import FamilyRow
