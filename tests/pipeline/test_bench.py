@@ -149,6 +149,21 @@ def test_a_part_that_begins_beside_others_says_so():
     assert startup.seconds == {"VAE": 1.5}
 
 
+def test_a_part_that_takes_long_is_said_again(monkeypatch):
+    said = []
+    startup = Startup(said.append)
+    startup.heard("VAE", None)
+    startup.heard("transformer", None)
+    startup.heard("transformer", None, 0.2)
+    monkeypatch.setattr("wanrt.pipeline.startup.SAY_EVERY_S", 0.0)  # so much time went by
+    startup.heard("transformer", None, 0.21)
+    assert [line.partition("] ")[2] for line in said] == [
+        "loading VAE",
+        "loading transformer (beside VAE)",
+        "loading transformer 21 % (beside VAE)",
+    ]
+
+
 def test_a_report_of_an_older_file_has_no_startup(job):
     spans = {chunk: seed_chunk(chunk, 955 * chunk) for chunk in range(3, 9)}
     got = report(job, spans, 3, (1.0, 2.0), None, Tuning(), {"VAE": 1.5})

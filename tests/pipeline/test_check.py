@@ -11,7 +11,8 @@ from wanrt.pipeline import devices
 from wanrt.pipeline.build import Tuning, settle_topology
 from wanrt.pipeline.check import PairedDenoiser, check, run_check
 from wanrt.pipeline.devices import Precision, choose_precision
-from wanrt.pipeline.models import load_transformer, unheard
+from wanrt.pipeline.models import load_transformer
+from wanrt.pipeline.progress import unheard
 from wanrt.pipeline.schedule import nearest_sigma, predict_x0
 from wanrt.script import build_job, read_script
 

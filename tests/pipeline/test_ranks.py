@@ -312,6 +312,37 @@ def test_cancel_ends_the_ranks_too(job, tmp_path):
     assert "SIGINT" in message
 
 
+@pytest.mark.slow
+def test_every_rank_tells_how_much_it_has_loaded(job):
+    heard = []
+    wiring = Wiring(Recorder(), progress=lambda *about: heard.append(about))
+    build_pipeline(replace(job, topology="tp=2"), None, CPU, wiring).close()
+    for name in ("transformer", "mesh1: transformer"):
+        (_, begun, *_), *under_way, (_, seconds, *_) = [about for about in heard if about[0] == name]
+        fractions = [about[2] for about in under_way]
+        assert begun is None
+        assert seconds > 0
+        assert len(fractions) >= 10
+        assert fractions == sorted(set(fractions))
+        assert fractions[-1] == 1
+
+
+def test_loading_can_be_broken_off(job):
+    """A 14B takes half a minute: Ctrl-C must not wait for it."""
+    cancel, heard = Cancel(), []
+
+    def progress(part, seconds, fraction=None):
+        heard.append((part, seconds, fraction))
+        if part == "transformer" and (fraction or 0) > 0.3:
+            cancel.ask(signal.SIGINT)
+
+    with pytest.raises(CancelledError):
+        build_pipeline(job, None, CPU, Wiring(Recorder(), cancel.check, progress))
+    part, seconds, fraction = heard[-1]
+    assert (part, seconds) == ("transformer", None)
+    assert 0.3 < fraction < 1
+
+
 def test_a_rank_that_cannot_load_is_named(job, monkeypatch):
     """The other rank's checkpoint is gone: its own words reach the user."""
     from pathlib import Path

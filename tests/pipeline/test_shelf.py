@@ -11,7 +11,7 @@ from wanrt.pipeline.bench import run_bench
 from wanrt.pipeline.build import Tuning, Wiring, make_recorder
 from wanrt.pipeline.devices import choose_precision
 from wanrt.pipeline.matrix import entries_of
-from wanrt.pipeline.models import unheard
+from wanrt.pipeline.progress import unheard
 from wanrt.pipeline.shelf import Shelf
 from wanrt.script import RenderJob, Timeline
 from wanrt.telemetry import Recorder

@@ -117,6 +117,23 @@ def test_dtypes(kind, dtype, zoo, tmp_path):
     assert_loaded(LOADERS[kind](path, zoo.configs[kind], dtype=dtype), zoo, kind, dtype)
 
 
+def test_loading_tells_how_many_values_are_read(zoo):
+    kind, told = Kind.TRANSFORMER, []
+    model = build_on_meta(lambda: WanTransformer(zoo.configs[kind]))
+    fill(
+        model,
+        identify(TensorsSource(zoo.state(kind), "memory")),
+        "cpu",
+        torch.float32,
+        done=lambda *a: told.append(a),
+    )
+    counts, totals = zip(*told, strict=True)
+    assert set(totals) == {sum(p.numel() for p in model.parameters())}
+    assert len(counts) == len(zoo.state(kind))
+    assert list(counts) == sorted(set(counts))
+    assert counts[-1] == totals[0]
+
+
 def test_fp32_parameters_of_the_transformer(zoo):
     kept = {
         n

@@ -42,10 +42,13 @@ class Ready:
 
 @dataclass(frozen=True)
 class Loading:
-    """A rank loads `part`; `seconds` it took, None when it begins."""
+    """A rank loads `part`; `seconds` it took, None while it is under way; then the `fraction` that is done, 0..1, if
+    that is known.
+    """
 
     part: str
     seconds: float | None
+    fraction: float | None = None
 
 
 @dataclass(frozen=True)

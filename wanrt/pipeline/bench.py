@@ -19,6 +19,7 @@ from wanrt.pipeline.build import Tuning, Wiring, find_files, make_recorder, sett
 from wanrt.pipeline.context import CHUNK_LATENTS, pixel_frames
 from wanrt.pipeline.encoding import RecordedSink
 from wanrt.pipeline.matrix import NO_P2P, Entry, needs_own_process
+from wanrt.pipeline.progress import timed
 from wanrt.pipeline.run import converter, one_line_errors
 from wanrt.pipeline.startup import Say, Startup, silent
 
@@ -74,7 +75,6 @@ def bench(
     Raises `UsageError` for fewer than two chunks, and whatever building a pipeline raises.
     """
     from wanrt.pipeline.devices import choose_device, set_threads, wait_passively
-    from wanrt.pipeline.models import timed
     from wanrt.pipeline.ranks import reserve_for
 
     startup = startup or Startup()

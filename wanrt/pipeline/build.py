@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from wanrt.pipeline.lanes import Flag, Lanes, lanes_for
 from wanrt.pipeline.loop import LoopSettings, Pipeline, to_rgb8
 from wanrt.pipeline.mesh import Denoiser, InProcessMesh, Mesh, MeshSettings
 from wanrt.pipeline.pixels import PixelStage
+from wanrt.pipeline.progress import Progress, timed, unheard
 from wanrt.pipeline.prompts import KEPT, PromptBook
 from wanrt.telemetry import Recorder, clock_for
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from wanrt.parallel.topology import Topology
     from wanrt.parallel.workload import Workload
     from wanrt.pipeline.envelope import MeshHandle
-    from wanrt.pipeline.models import Progress, Stage0Models
+    from wanrt.pipeline.models import Stage0Models
     from wanrt.pipeline.shelf import Shelf
     from wanrt.script import RenderJob
     from wanrt.weights.registry import ModelFiles
@@ -50,11 +50,16 @@ class Wiring:
 
     recorder: Recorder
     check: Callable[[], None] = lambda: None
-    progress: Progress = lambda part, seconds: None
+    progress: Progress = unheard
     convert: Callable[[torch.Tensor], Any] = to_rgb8
     crew: Crew | None = None
     reserve: Reserve | None = None
     shelf: Shelf | None = None
+
+    def loading(self, part: str, seconds: float | None, fraction: float | None = None) -> None:
+        """The `Progress` to load by: `progress` hears it, and `check` may break off what can take a minute."""
+        self.progress(part, seconds, fraction)
+        self.check()
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ def local_codec(
 
     precision = choose_precision(job.precision, device)
     with lanes.main():
-        own = streaming_vae(vae, job, precision, graphs=tuning.graphs, progress=wiring.progress)
+        own = streaming_vae(vae, job, precision, graphs=tuning.graphs, progress=wiring.loading)
     return LocalCodec(own, lanes)
 
 
@@ -325,14 +330,8 @@ def _graphed(
     from wanrt.pipeline.graphs import GraphedDenoiser
 
     denoiser = GraphedDenoiser(transformer, cache, device)
-    began = time.perf_counter()
-
-    def step(done: int, of: int) -> None:
-        wiring.check()
-        wiring.progress("warm-up", None)
-
-    denoiser.capture(mesh_settings(job).shape, biases_on(job), step)
-    wiring.progress("warm-up", time.perf_counter() - began)
+    with timed(wiring.loading, "warm-up") as done:
+        denoiser.capture(mesh_settings(job).shape, biases_on(job), done)
     return denoiser
 
 

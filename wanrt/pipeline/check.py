@@ -171,13 +171,13 @@ def _compare(job: RenderJob, reference: str, device: torch.device, tuning: Tunin
     from wanrt.pipeline.run import settings
 
     files, wiring, lanes = find_files(job), Wiring(make_recorder(job, device, None)), lanes_for(device)
-    models = load_stage0(job, files, device, choose_precision(job.precision, device), wiring.progress)
+    models = load_stage0(job, files, device, choose_precision(job.precision, device), wiring.loading)
 
     def load(name: str) -> Denoiser:
         precision = choose_precision(name, device)
         # the reference may be in a precision that the backend asked for does not have
         own = job if name == job.precision else replace(job, attention="auto")
-        transformer = load_transformer(own, files, device, precision, wiring.progress)
+        transformer = load_transformer(own, files, device, precision, wiring.loading)
         return make_denoiser(job, transformer, device, wiring, tuning)
 
     with lanes.main():

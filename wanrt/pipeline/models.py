@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from wanrt.errors import UsageError
 from wanrt.parallel.workload import PROMPT_TOKENS
 from wanrt.pipeline.codec import StreamingVae
 from wanrt.pipeline.devices import Precision
+from wanrt.pipeline.progress import Done, Progress, timed, unheard
 
 if TYPE_CHECKING:
     import torch
@@ -33,12 +33,6 @@ if TYPE_CHECKING:
     from wanrt.weights.registry import ModelFiles
 
 log = logging.getLogger("wanrt.pipeline")
-
-Progress = Callable[[str, float | None], None]  # (part, seconds it took; None: it begins)
-
-
-def unheard(part: str, seconds: float | None) -> None:
-    """A `Progress` that nobody listens to."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +67,8 @@ def load_stage0(
         vae = load_streaming_vae(job, files, device, precision, progress)
         t = job.preset.transformer
         return Stage0Models(vae, partial(hashed_embedding, t.text_len, t.text_dim, device))
-    with timed(progress, "text encoder"):
-        encode = _text_encoder(job.preset, files, device, precision)
+    with timed(progress, "text encoder") as done:
+        encode = _text_encoder(job.preset, files, device, precision, done)
     return Stage0Models(load_streaming_vae(job, files, device, precision, progress), encode)
 
 
@@ -111,7 +105,7 @@ def load_transformer(
 
     config = job.preset.transformer_config()
     attention = choose_attention(job.attention, device, precision, config.head_dim)
-    with timed(progress, "transformer"):
+    with timed(progress, "transformer") as done:
         model = callee = build_on_meta(lambda: WanTransformer(config, attention=attention))
         if files is None:
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -126,7 +120,7 @@ def load_transformer(
                 slicer = shard.plan.slicer(shard.group.rank())
         if precision.fp8:
             put_in_fp8(model)
-        fill(model, checkpoint, device, precision.transformer, slicer=slicer)
+        fill(model, checkpoint, device, precision.transformer, slicer=slicer, done=done)
         if device.type == "cuda":
             join_products(model)
     return callee
@@ -174,12 +168,13 @@ def _random_vae(job: RenderJob, device: torch.device, precision: Precision) -> S
 
 
 def _text_encoder(
-    preset: Preset, files: ModelFiles, device: torch.device, precision: Precision
+    preset: Preset, files: ModelFiles, device: torch.device, precision: Precision, done: Done
 ) -> Callable[[str], torch.Tensor]:
     from wanrt.weights.loading import load_text_encoder, load_tokenizer
 
     tokenizer = load_tokenizer(files.tokenizer, preset.transformer.text_len, preset.text.vocab)
-    encoder = load_text_encoder(files.text_encoder, preset.text_config(), device, precision.text)
+    config = preset.text_config()
+    encoder = load_text_encoder(files.text_encoder, config, device, precision.text, done=done)
     return partial(_encode, encoder, tokenizer)
 
 
@@ -301,12 +296,3 @@ def compile_blocks(transformer: WanTransformer, backend: str = "inductor") -> No
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in transformer.blocks:
         block.compile(fullgraph=True, dynamic=False, backend=backend)
-
-
-@contextmanager
-def timed(progress: Progress, part: str) -> Iterator[None]:
-    """Tells `progress` that `part` begins, and after the block how long it took."""
-    progress(part, None)
-    started = time.perf_counter()
-    yield
-    progress(part, time.perf_counter() - started)

@@ -58,11 +58,12 @@ class Monitor:
             self._thread.join()
         self._observer.update(self.snapshot())
 
-    def load(self, part: str, seconds: float | None) -> None:
-        """Loading of `part` begins (`seconds` None) or is done."""
+    def load(self, part: str, seconds: float | None, fraction: float | None = None) -> None:
+        """Loading of `part` begins (`seconds` None), gets on (so is `fraction` of it, 0..1) or is done."""
         state = "active" if seconds is None else "done"
         self._began_s.setdefault(part, self._elapsed_s())
-        self._steps = {**self._steps, part: LoadStep(part, state, seconds=seconds)}  # type: ignore[arg-type]
+        step = LoadStep(part, state, fraction, seconds=seconds)  # type: ignore[arg-type]
+        self._steps = {**self._steps, part: step}
 
     def watch(self, recorder: Recorder, numbers: Callable[[Snapshot], Snapshot]) -> None:
         """Loading is over: `recorder` knows how it goes from now on, and `numbers` adds what the outputs know."""

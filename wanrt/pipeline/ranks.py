@@ -41,7 +41,7 @@ from wanrt.pipeline.build import (
 from wanrt.pipeline.codec import Codec, StreamingVae, TeamCodec, VaePart
 from wanrt.pipeline.lanes import Lanes, lanes_for
 from wanrt.pipeline.mesh import Mesh
-from wanrt.pipeline.models import timed
+from wanrt.pipeline.progress import timed
 from wanrt.pipeline.remote import (
     STAGE0,
     WATCHDOG_S,
@@ -255,7 +255,7 @@ class _Listener:
         if isinstance(message, Spans):
             self.wiring.recorder.absorb(message.batch, self.offsets_ns.get(name, 0))
         else:
-            self.wiring.progress(f"{name}: {message.part}", message.seconds)
+            self.wiring.progress(f"{name}: {message.part}", message.seconds, message.fraction)
 
 
 def _join(plan: Assignment, device: torch.device, team: Team, wiring: Wiring, own: _Own) -> Pipeline:
@@ -306,7 +306,7 @@ def _load_stage0(
     from wanrt.pipeline.models import load_stage0
 
     precision = choose_precision(plan.job.precision, device)
-    models = load_stage0(plan.job, plan.files, device, precision, wiring.progress)
+    models = load_stage0(plan.job, plan.files, device, precision, wiring.loading)
     wiring.check()
     rehearse(plan.job, models, device, wiring, lanes)
     if plan.topology.vae > 1:
@@ -334,8 +334,8 @@ def work(pipe: Connection, plan: Assignment) -> None:
         torch.cuda.set_device(device)
     log.info("%s, %d threads", device, set_threads(device, plan.topology.devices))
 
-    def progress(part: str, seconds: float | None) -> None:
-        pipe.send(Loading(part, seconds))
+    def progress(part: str, seconds: float | None, fraction: float | None = None) -> None:
+        pipe.send(Loading(part, seconds, fraction))
 
     with timed(progress, COMMUNICATOR):
         groups = _enter(plan, device)
@@ -442,7 +442,7 @@ def _take_roles(
     part = None
     if groups.vae is not None:
         precision = choose_precision(plan.job.precision, device)
-        vae = load_streaming_vae(plan.job, plan.files, device, precision, wiring.progress)
+        vae = load_streaming_vae(plan.job, plan.files, device, precision, wiring.loading)
         part = _vae_part(plan, groups, vae, device, wiring, lanes)
     # the mesh's first rank sends latents up, if it is not stage 0 itself
     return Roles(mesh, part, answers=plan.topology.pp1 and plan.rank == plan.topology.stage0_devices)
@@ -459,7 +459,7 @@ def _mesh_part(plan: Assignment, groups: Groups, device: torch.device, wiring: W
     precision = choose_precision(job.precision, device)
     with lanes.main():
         transformer = load_transformer(
-            job, plan.files, device, precision, wiring.progress, Shard(shards, groups.mesh, peers)
+            job, plan.files, device, precision, wiring.loading, Shard(shards, groups.mesh, peers)
         )
         heads = shards.local_heads(job.preset.transformer.num_heads)
         # under Ulysses the others store this rank's keys and values
@@ -483,7 +483,7 @@ def _vae_part(
     with lanes.main():
         band = split_vae(
             vae, job, precision, groups.vae, groups.vae_peers,
-            graphs=plan.tuning.graphs, progress=wiring.progress,
+            graphs=plan.tuning.graphs, progress=wiring.loading,
         )  # fmt: skip
     b, c, _, h, w = mesh_settings(job).shape
     return VaePart(band, groups.vae, (b, c, 1, h, w), device, lanes)

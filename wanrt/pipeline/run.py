@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from wanrt.errors import OutputError, RunError, WanrtError
 from wanrt.parallel.team import LIBRARY
 from wanrt.pipeline.cancel import Cancel, CancelledError
+from wanrt.pipeline.progress import timed
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +75,6 @@ class Run(ABC):
     def _settle(self) -> None:
         """Files, device and topology; what can be refused without loading a model is refused here."""
         from wanrt.pipeline.devices import choose_device, wait_passively
-        from wanrt.pipeline.models import timed
 
         with self._cancel.raising_at_once(), timed(self._monitor.load, LIBRARY):
             wait_passively()

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from wanrt.pipeline.devices import Precision
-from wanrt.pipeline.models import Progress, Stage0Models, load_stage0, load_transformer
+from wanrt.pipeline.models import Stage0Models, load_stage0, load_transformer
+from wanrt.pipeline.progress import Progress
 
 if TYPE_CHECKING:
     import torch

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wanrt.pipeline.context import CHUNK_LATENTS
 from wanrt.pipeline.models import load_streaming_vae, streaming_vae
+from wanrt.pipeline.progress import unheard
 
 if TYPE_CHECKING:
     from wanrt.models.vae import WanVae
@@ -71,7 +72,7 @@ class Course:
 
     def weights(self) -> WanVae:
         """The plain module with the weights that all entrants have; the caller's own copy, in `precision.vae`."""
-        return load_streaming_vae(self.job, None, self.device, self.precision, lambda part, seconds: None)  # type: ignore[return-value]
+        return load_streaming_vae(self.job, None, self.device, self.precision, unheard)  # type: ignore[return-value]
 
     @property
     def usual_dtype(self) -> torch.dtype:

@@ -7,6 +7,7 @@ dtype on the CPU stays a view of the memory-mapped file.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,11 +101,13 @@ def load_text_encoder(
     config: TextEncoderConfig | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    done: Callable[[int, int], None] = lambda count, of: None,
 ) -> UMT5Encoder:
-    """Load a UMT5 encoder, original or transformers names. See `load_transformer`."""
+    """Load a UMT5 encoder, original or transformers names. See `load_transformer`, for `done` see `fill`."""
     checkpoint = expect_kind(open_checkpoint(path), Kind.TEXT_ENCODER)
     config = config or _sizes(checkpoint, TextEncoderConfig)
-    return fill(build_on_meta(lambda: UMT5Encoder(config)), checkpoint, device, dtype)
+    return fill(build_on_meta(lambda: UMT5Encoder(config)), checkpoint, device, dtype, done=done)
 
 
 def load_tokenizer(path: str | Path, text_len: int, vocab: int) -> PromptTokenizer:
@@ -158,6 +161,7 @@ def fill(
     dtype: torch.dtype,
     *,
     slicer: Slicer | None = None,
+    done: Callable[[int, int], None] = lambda count, of: None,
 ) -> Module:
     """Give a module built on meta its weights; returned in eval mode, without gradients.
 
@@ -166,6 +170,7 @@ def fill(
         checkpoint: what to read.
         device, dtype: where and how the parameters end up; those of `precision.py` stay fp32.
         slicer: which part of each tensor to read, for a rank of a sharded model.
+        done: hears after each tensor how many values are read, and of how many.
 
     Weights of `Fp8Linear` layers are quantised as each is read, from fp32: no more than one is there in full.
 
@@ -183,11 +188,13 @@ def fill(
     reader = _Reader(checkpoint, torch.device(device))
     kind = checkpoint.kind
     state: dict[str, Tensor] = {}
-    for name in expected:
+    count, of = 0, sum(map(math.prod, expected.values()))
+    for name, shape in expected.items():
         if name in quantised:
             state[name], state[quantised[name]] = quantised_weight(reader.read(name, torch.float32, slicer))
         else:
             state[name] = reader.read(name, stored_dtype(kind, name, dtype), slicer)
+        done(count := count + math.prod(shape), of)
     reader.raise_if_not_finite()
     module.load_state_dict(state, strict=True, assign=True)
     _refuse_meta(module)
