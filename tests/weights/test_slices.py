@@ -99,3 +99,29 @@ def test_a_rank_reads_its_lines_alone(checkpoint, ranks, monkeypatch):
         assert sum(asked) == lines < 0.75 * sum(t.nbytes for t in state.values())
         part = model.state_dict()["blocks.1.ffn.2.weight"]
         assert torch.equal(part, state["blocks.1.ffn.2.weight"][slicer("blocks.1.ffn.2.weight", (256, 1024))])
+
+
+@pytest.mark.gpu
+def test_parts_on_their_way_to_a_gpu(checkpoint):
+    """They go through page-locked memory, the same again and again, and are there before it is used again."""
+    from wanrt.parallel.apply import apply
+
+    path, config, state = checkpoint
+    plan = ShardPlan.of(Topology.parse("tp=2"))
+    source = open_transformer(path).source
+    places = set()
+    for name in ("blocks.0.self_attn.q.weight", "blocks.1.self_attn.q.weight", "blocks.1.self_attn.o.weight"):
+        part = source.read(name, plan.slicer(1)(name, state[name].shape), pinned=True)
+        assert part.is_pinned()
+        places.add(part.data_ptr())
+        del part
+    assert len(places) == 1
+    for rank in range(2):
+        model, slicer = build_on_meta(lambda: WanTransformer(config)), plan.slicer(rank)
+        with torch.device("meta"):
+            apply(model, plan, Group(2, rank))
+        fill(model, open_transformer(path), "cuda", torch.bfloat16, slicer=slicer)
+        for name, tensor in model.state_dict().items():
+            index = slicer(name, tuple(state[name].shape))
+            want = state[name] if index is None else state[name][index]
+            assert torch.equal(tensor.cpu(), want.to(tensor.dtype)), name

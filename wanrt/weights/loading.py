@@ -273,7 +273,8 @@ class _Reader:
             # a tensor that is whole, too: touching the mapping would read what lies around it
             shape = source.shape(stored)
             index = slicer(name, shape) or (slice(None),) * len(shape)
-        tensor = source.read(stored, index).to(self.device).to(dtype)
+        part = source.read(stored, index, pinned=self.device.type == "cuda")
+        tensor = part.to(self.device).to(dtype)
         tensor = tensor.contiguous()
         self._finite[name] = is_finite(tensor)
         return tensor

@@ -131,9 +131,9 @@ class _MergedSource(TensorSource):
         """See TensorSource: merged tensors are fp32, rounded once by who reads them."""
         return torch.float32 if name in self._adapters else self._base.dtype(name)
 
-    def read(self, name: str, index: Index | None = None) -> Tensor:
+    def read(self, name: str, index: Index | None = None, *, pinned: bool = False) -> Tensor:
         """See TensorSource. A slice multiplies only the rows of B and columns of A that it needs."""
-        weight = self._base.read(name, index)
+        weight = self._base.read(name, index, pinned=pinned)
         adapter = self._adapters.get(name)
         if adapter is None:
             return weight

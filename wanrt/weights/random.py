@@ -72,7 +72,7 @@ class RandomSource(TensorSource):
         """See TensorSource."""
         return self._dtypes[name]
 
-    def read(self, name: str, index: Index | None = None) -> Tensor:
+    def read(self, name: str, index: Index | None = None, *, pinned: bool = False) -> Tensor:
         """Draw the whole tensor on the device, then take the slice: equal to the slice of another rank's tensor."""
         mean, std = _scale(name, self._shapes[name])
         tensor = torch.full(self._shapes[name], mean, dtype=self._dtypes[name], device=self._device)

