@@ -109,7 +109,7 @@ def test_the_loaded_transformer_is_fp8_and_near_its_reference():
     from wanrt.pipeline.build import find_files
 
     fp8 = Precision(torch.bfloat16, torch.float32, torch.float32, fp8=True)
-    model = load_transformer(job, find_files(job), cpu, fp8, lambda part, seconds: None)
+    model = load_transformer(job, find_files(job), cpu, fp8, unheard)
     layers = [m for m in model.modules() if isinstance(m, Fp8Linear)]
     assert len(layers) == 8 * (job.preset.transformer.num_layers - 2)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32, torch.float8_e4m3fn}

@@ -15,6 +15,7 @@ from wanrt.pipeline.devices import choose_precision
 from wanrt.pipeline.graphs import GraphedDenoiser
 from wanrt.pipeline.lanes import OneLane
 from wanrt.pipeline.models import load_stage0, load_transformer
+from wanrt.pipeline.progress import unheard
 from wanrt.pipeline.run import converter
 from wanrt.script import Curve, RenderJob, Scene, Timeline, load_preset
 
@@ -37,7 +38,7 @@ def job():
 @pytest.fixture(scope="module")
 def models(job):
     device = torch.device("cuda", 0)
-    about = (job, None, device, choose_precision(job.precision, device), lambda part, seconds: None)
+    about = (job, None, device, choose_precision(job.precision, device), unheard)
     return load_stage0(*about), load_transformer(*about)
 
 

@@ -344,12 +344,19 @@ def test_loading_can_be_broken_off(job):
 
 
 def test_a_rank_that_cannot_load_is_named(job, monkeypatch):
-    """The other rank's checkpoint is gone: its own words reach the user."""
+    """The other rank's checkpoint is gone: its own words reach the user, and stage 0 does not load to the end first."""
     from pathlib import Path
 
     from wanrt.weights.registry import ModelFiles
 
     nowhere = ModelFiles(*(Path("/nonexistent") / name for name in ("t", "v", "e", "k")))
-    monkeypatch.setattr("wanrt.pipeline.models.load_stage0", lambda *args: time.sleep(3))
+
+    def load_for_a_minute(job, files, device, precision, progress):
+        for percent in range(1, 101):
+            progress("text encoder", None, percent / 100)
+            time.sleep(0.6)
+        raise AssertionError("loaded to the end")
+
+    monkeypatch.setattr("wanrt.pipeline.models.load_stage0", load_for_a_minute)
     with pytest.raises(RunError, match=r"mesh0 \(cpu\) failed: .*nonexistent"):
         build_pipeline(replace(job, topology="pp1+tp=1"), nowhere, CPU, Wiring(Recorder()))
