@@ -330,8 +330,14 @@ def _graphed(
     from wanrt.pipeline.graphs import GraphedDenoiser
 
     denoiser = GraphedDenoiser(transformer, cache, device)
-    with timed(wiring.loading, "warm-up") as done:
-        denoiser.capture(mesh_settings(job).shape, biases_on(job), done)
+    # not `loading`: what raised after the last capture would leave graphs behind that nobody closes
+    with timed(wiring.progress, "warm-up") as done:
+
+        def step(captured: int, of: int) -> None:
+            wiring.check()
+            done(captured, of)
+
+        denoiser.capture(mesh_settings(job).shape, biases_on(job), step)
     return denoiser
 
 

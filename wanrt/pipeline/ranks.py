@@ -483,7 +483,7 @@ def _vae_part(
     with lanes.main():
         band = split_vae(
             vae, job, precision, groups.vae, groups.vae_peers,
-            graphs=plan.tuning.graphs, progress=wiring.loading,
+            graphs=plan.tuning.graphs, progress=wiring.progress,
         )  # fmt: skip
     b, c, _, h, w = mesh_settings(job).shape
     return VaePart(band, groups.vae, (b, c, 1, h, w), device, lanes)
