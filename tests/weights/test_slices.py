@@ -102,7 +102,7 @@ def test_a_rank_reads_its_lines_alone(checkpoint, ranks, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_parts_on_their_way_to_a_gpu(checkpoint):
+def test_parts_on_their_way_to_a_gpu(checkpoint, monkeypatch):
     """They go through page-locked memory, the same again and again, and are there before it is used again."""
     from wanrt.parallel.apply import apply
 
@@ -116,6 +116,9 @@ def test_parts_on_their_way_to_a_gpu(checkpoint):
         places.add(part.data_ptr())
         del part
     assert len(places) == 1
+    with monkeypatch.context() as smaller:
+        smaller.setattr(sources, "PINNED", 1000)
+        assert not source.read("head.head.weight", (slice(None), slice(None)), pinned=True).is_pinned()
     for rank in range(2):
         model, slicer = build_on_meta(lambda: WanTransformer(config)), plan.slicer(rank)
         with torch.device("meta"):

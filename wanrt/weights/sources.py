@@ -31,6 +31,7 @@ logger = logging.getLogger("wanrt.weights")
 Index = tuple[slice, ...]
 
 SCRATCH = 4 << 20  # bytes of lines that parts are cut from at a time: memory that stays warm
+PINNED = 128 << 20  # bytes of the largest part in page-locked memory, which PyTorch keeps; 14B has one larger
 
 # Entries of a training checkpoint that hold the model, best first. Self-Forcing's README samples with the EMA
 # weights (guandeh17/Self-Forcing README.md at 33593df), so they win where a file has both.
@@ -76,9 +77,9 @@ class TensorSource(ABC):
 
         Without `index` the tensor is a view of the memory-mapped file where that is possible: treat it as read-only.
         With one, no more of the file is read than its lines along the first axis, each whole; `pinned`: into
-        page-locked memory where that is possible, for a part on its way to a GPU. PyTorch uses such memory again,
-        and new pages cost more than what is read into them: with the way up 6.6 GB/s of a cached file instead of 1.2
-        (H100, PyTorch 2.11).
+        page-locked memory where that is possible, up to `PINNED`, for a part on its way to a GPU. PyTorch uses such
+        memory again, and new pages cost more than what is read into them: with the way up 6.6 GB/s of a cached file
+        instead of 1.2 (H100, PyTorch 2.11).
         """
 
     def metadata(self) -> Mapping[str, str]:
@@ -166,7 +167,9 @@ class LineReader:
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, index: Index, pinned: bool = False
     ) -> Tensor:
         """The part `index` of a tensor of this shape and dtype. Raises WeightsError when the file ends first."""
-        part = torch.empty(sliced_shape(shape, index), dtype=dtype, pin_memory=pinned)
+        part_shape = sliced_shape(shape, index)
+        pinned = pinned and math.prod(part_shape) * dtype.itemsize <= PINNED
+        part = torch.empty(part_shape, dtype=dtype, pin_memory=pinned)
         if not part.numel():
             return part
         first, step = (index[0].indices(shape[0])[::2]) if shape else (0, 1)
