@@ -127,11 +127,12 @@ def wait_passively() -> None:
 def set_threads(device: torch.device, processes: int = 1) -> int:
     """Gives torch this process's share of the usable cores, unless OMP_NUM_THREADS says otherwise.
 
-    `processes`: how many share the CPU; on CUDA the host's threads hardly matter and are left alone. Returns the
-    number of threads.
+    `processes`: how many share the CPU. One process on CUDA is left alone: there the host's threads hardly matter. But
+    ranks cut their parts out of a checkpoint's lines with them: 7 GB/s with 32 threads, 50 with 4 (H100 host of 32
+    cores, PyTorch 2.11). Returns the number of threads.
     """
     import torch
 
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if (device.type == "cpu" or processes > 1) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, usable_cores() // processes))
     return torch.get_num_threads()
