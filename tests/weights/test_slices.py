@@ -71,12 +71,21 @@ def checkpoint(tmp_path_factory):
     return index, config, state
 
 
+def load_part(checkpoint, plan, rank, device):
+    """A rank's part of the transformer, filled."""
+    from wanrt.parallel.apply import apply
+
+    path, config, _ = checkpoint
+    model = build_on_meta(lambda: WanTransformer(config))
+    with torch.device("meta"):
+        apply(model, plan, Group(plan.size, rank))
+    return fill(model, open_transformer(path), device, torch.bfloat16, slicer=plan.slicer(rank))
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_rank_reads_its_lines_alone(checkpoint, ranks, monkeypatch):
     """Bytes asked of the kernel, counted by tensor; the mapping, which reads ahead, is not touched at all."""
-    from wanrt.parallel.apply import apply
-
-    path, config, state = checkpoint
+    state = checkpoint[-1]
     plan = ShardPlan.of(Topology.parse(f"tp={ranks}"))
     asked, preadv = [], os.preadv
 
@@ -88,10 +97,7 @@ def test_a_rank_reads_its_lines_alone(checkpoint, ranks, monkeypatch):
     monkeypatch.setattr(SafetensorsSource, "_whole", None)
     for rank in range(ranks):
         asked.clear()
-        model, slicer = build_on_meta(lambda: WanTransformer(config)), plan.slicer(rank)
-        with torch.device("meta"):
-            apply(model, plan, Group(ranks, rank))
-        fill(model, open_transformer(path), "cpu", torch.bfloat16, slicer=slicer)
+        model, slicer = load_part(checkpoint, plan, rank, "cpu"), plan.slicer(rank)
         lines = 0
         for name, tensor in state.items():
             index = slicer(name, tuple(tensor.shape))
@@ -104,9 +110,7 @@ def test_a_rank_reads_its_lines_alone(checkpoint, ranks, monkeypatch):
 @pytest.mark.gpu
 def test_parts_on_their_way_to_a_gpu(checkpoint, monkeypatch):
     """They go through page-locked memory, the same again and again, and are there before it is used again."""
-    from wanrt.parallel.apply import apply
-
-    path, config, state = checkpoint
+    path, _, state = checkpoint
     plan = ShardPlan.of(Topology.parse("tp=2"))
     source = open_transformer(path).source
     places = set()
@@ -120,10 +124,7 @@ def test_parts_on_their_way_to_a_gpu(checkpoint, monkeypatch):
         smaller.setattr(sources, "PINNED", 1000)
         assert not source.read("head.head.weight", (slice(None), slice(None)), pinned=True).is_pinned()
     for rank in range(2):
-        model, slicer = build_on_meta(lambda: WanTransformer(config)), plan.slicer(rank)
-        with torch.device("meta"):
-            apply(model, plan, Group(2, rank))
-        fill(model, open_transformer(path), "cuda", torch.bfloat16, slicer=slicer)
+        model, slicer = load_part(checkpoint, plan, rank, "cuda"), plan.slicer(rank)
         for name, tensor in model.state_dict().items():
             index = slicer(name, tuple(state[name].shape))
             want = state[name] if index is None else state[name][index]

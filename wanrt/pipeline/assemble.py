@@ -44,9 +44,7 @@ def _on_one_device(
 
     precision, shelf = choose_precision(job.precision, device), wiring.shelf or Shelf()
     models = shelf.stage0(job, files, device, precision, wiring.loading)
-    wiring.check()
     transformer = shelf.transformer(
         job, files, device, precision, wiring.loading, compiled=tuning.compile and device.type == "cuda"
     )
-    wiring.check()
     return join(job, models, transformer, device, wiring, tuning)

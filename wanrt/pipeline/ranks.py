@@ -307,7 +307,6 @@ def _load_stage0(
 
     precision = choose_precision(plan.job.precision, device)
     models = load_stage0(plan.job, plan.files, device, precision, wiring.loading)
-    wiring.check()
     rehearse(plan.job, models, device, wiring, lanes)
     if plan.topology.vae > 1:
         return models, None
@@ -481,6 +480,7 @@ def _vae_part(
     assert groups.vae is not None
     job, precision = plan.job, choose_precision(plan.job.precision, device)
     with lanes.main():
+        # not `loading`: as for the transformer's graphs, nothing may raise between capture and who closes it
         band = split_vae(
             vae, job, precision, groups.vae, groups.vae_peers,
             graphs=plan.tuning.graphs, progress=wiring.progress,
