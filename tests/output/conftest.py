@@ -37,9 +37,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess[bytes]:
 
 
 def packet_times(path: Path) -> tuple[list[Fraction], list[Fraction]]:
-    """Timestamps as the container holds them, through ffmpeg's framecrc."""
+    """Timestamps as the container holds them, through ffmpeg's framecrc; none where it holds no stream yet."""
     text = run("-i", path, "-map", "0:v", "-c", "copy", "-f", "framecrc", "-").stdout.decode()
-    base = Fraction(re.search(r"#tb 0: (\S+)", text)[1])  # type: ignore[index]
+    base = next((Fraction(found) for found in re.findall(r"#tb 0: (\S+)", text)), Fraction(1))
     rows = [line.split(",") for line in text.splitlines() if line and line[0] != "#"]
     return [int(row[2]) * base for row in rows], [int(row[3]) * base for row in rows]
 
