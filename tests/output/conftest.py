@@ -39,7 +39,10 @@ def run(*arguments: object) -> subprocess.CompletedProcess[bytes]:
 def packet_times(path: Path) -> tuple[list[Fraction], list[Fraction]]:
     """Timestamps as the container holds them, through ffmpeg's framecrc; none where it holds no stream yet."""
     text = run("-i", path, "-map", "0:v", "-c", "copy", "-f", "framecrc", "-").stdout.decode()
-    base = next((Fraction(found) for found in re.findall(r"#tb 0: (\S+)", text)), Fraction(1))
+    time_base = re.search(r"#tb 0: (\S+)", text)
+    if not time_base:
+        return [], []
+    base = Fraction(time_base[1])
     rows = [line.split(",") for line in text.splitlines() if line and line[0] != "#"]
     return [int(row[2]) * base for row in rows], [int(row[3]) * base for row in rows]
 
